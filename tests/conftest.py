@@ -1,0 +1,137 @@
+"""Fixtures that hand out servers, databases and virtual hosts. A server starts when the first test asks for it.
+
+`TEST_DATABASE_URL` and `TEST_BROKER_URL` (with `TEST_BROKER_MANAGEMENT_URL`) name servers to use instead of our own.
+Each folder of tests holds an `__init__.py`, so that two files in different folders may share a name.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.kit.servers import ExternalPostgres, ExternalRabbit, PostgresServer, RabbitServer, ServerMissingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from typing import NoReturn
+
+#: A test that asks for one of these, itself or through another fixture, gets the marker.
+_MARKERS = {
+    "postgres_server": pytest.mark.postgres,
+    "private_postgres": pytest.mark.postgres,
+    "rabbit_server": pytest.mark.rabbitmq,
+    "private_rabbit": pytest.mark.rabbitmq,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, marker in _MARKERS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+
+
+def _unavailable(missing: ServerMissingError) -> NoReturn:
+    """Loud on a laptop, fatal where the whole suite is expected to run."""
+    if os.environ.get("CI", "").lower() in ("true", "1"):
+        pytest.fail(f"{missing} (a missing server fails the run, because CI is set)", pytrace=False)
+    pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer | ExternalPostgres]:
+    """The PostgreSQL that ordinary tests share; none of them may stop it."""
+    if url := os.environ.get("TEST_DATABASE_URL"):
+        yield ExternalPostgres(url)
+        return
+    try:
+        server = PostgresServer()
+    except ServerMissingError as missing:
+        _unavailable(missing)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.discard()
+
+
+@pytest.fixture(scope="session")
+def rabbit_server() -> Iterator[RabbitServer | ExternalRabbit]:
+    """The RabbitMQ that ordinary tests share; none of them may stop it, block it or close others' connections."""
+    try:
+        if url := os.environ.get("TEST_BROKER_URL"):
+            yield ExternalRabbit(url, os.environ.get("TEST_BROKER_MANAGEMENT_URL"))
+            return
+        server = RabbitServer()
+    except ServerMissingError as missing:
+        _unavailable(missing)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.discard()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer | ExternalPostgres) -> Iterator[str]:
+    """The URL of a new, empty PostgreSQL database."""
+    with postgres_server.database() as url:
+        yield url
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of a new SQLite file."""
+    return f"sqlite:///{tmp_path / 'outbox.db'}"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a new, empty database: the test runs once per kind."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture
+def broker_url(rabbit_server: RabbitServer | ExternalRabbit) -> Iterator[str]:
+    """The AMQP URL of a new virtual host."""
+    with rabbit_server.vhost() as url:
+        yield url
+
+
+@pytest.fixture
+def private_postgres() -> Iterator[Callable[..., PostgresServer]]:
+    """Make a started PostgreSQL that belongs to this test alone: it may stop, kill and suspend it."""
+    with ExitStack() as servers:
+
+        def make(**settings: str | int) -> PostgresServer:
+            try:
+                server = PostgresServer(**settings)
+            except ServerMissingError as missing:
+                _unavailable(missing)
+            servers.callback(server.discard)
+            server.start()
+            return server
+
+        yield make
+
+
+@pytest.fixture
+def private_rabbit() -> Iterator[Callable[[], RabbitServer]]:
+    """Make a started RabbitMQ that belongs to this test alone. Booting takes seconds: share one test where you can."""
+    with ExitStack() as servers:
+
+        def make() -> RabbitServer:
+            try:
+                server = RabbitServer()
+            except ServerMissingError as missing:
+                _unavailable(missing)
+            servers.callback(server.discard)
+            server.start()
+            return server
+
+        yield make
