@@ -1,0 +1,71 @@
+"""Engines as this project needs them: one place for what each database must be told."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection, Engine, ExceptionContext
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+
+_PREPARED = "outbox_prepared"
+#: A failed-over primary answers reads and refuses writes: the connection must go, or the pool keeps offering it.
+_READ_ONLY = "25006"
+
+
+def create_engine(url: str, **options: Any) -> Engine:
+    """Return an engine for *url* that keeps parameters (hence payloads) out of errors and survives a server's restart."""
+    options.setdefault("hide_parameters", True)
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        options.setdefault("pool_pre_ping", True)
+    elif parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    return prepare(sa.create_engine(url, **options))
+
+
+def prepare(engine: Engine) -> Engine:
+    """Give *engine* (also one made elsewhere) what correctness needs; doing so again changes nothing."""
+    if engine.get_execution_options().get(_PREPARED):
+        return engine
+    engine.update_execution_options(**{_PREPARED: True})
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _configure_sqlite)
+        event.listen(engine, "begin", _begin_immediate)
+        engine.dispose()  # connections made before were not configured
+    else:
+        event.listen(engine, "handle_error", _drop_demoted_primary)
+    return engine
+
+
+def is_prepared(engine: Engine) -> bool:
+    """Say whether `prepare` has seen *engine*."""
+    return bool(engine.get_execution_options().get(_PREPARED))
+
+
+def _configure_sqlite(connection: DBAPIConnection, _record: object) -> None:
+    # The driver's legacy mode sends BEGIN only before DML, so a SAVEPOINT before it would be outside any transaction and
+    # survive a rollback. With isolation_level None it sends none, and `_begin_immediate` does.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    # Rollback journal: before 3.51.3 two processes that checkpoint a WAL at once can lose a commit.
+    journal = "WAL" if sqlite3.sqlite_version_info >= (3, 51, 3) else "DELETE"
+    for pragma in ("busy_timeout=30000", f"journal_mode={journal}", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_immediate(connection: Connection) -> None:
+    # A deferred transaction that reads and then writes fails at once with SQLITE_BUSY_SNAPSHOT, whatever the timeout.
+    mode = "DEFERRED" if connection.get_execution_options().get("outbox_read_only") else "IMMEDIATE"
+    connection.exec_driver_sql(f"BEGIN {mode}")
+
+
+def _drop_demoted_primary(context: ExceptionContext) -> None:
+    if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+        context.is_disconnect = True

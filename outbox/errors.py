@@ -1,0 +1,27 @@
+"""Everything the library raises on purpose. Each text names the thing, its value and the next step."""
+
+from __future__ import annotations
+
+
+class OutboxError(Exception):
+    """The root of all errors of this library."""
+
+
+class ConfigurationError(OutboxError):
+    """A setting, a registration or a schema is wrong; found before anything was written. The text holds every problem found."""
+
+
+class InvalidMessage(OutboxError, ValueError):
+    """A message can't be what was asked: its topic, key, headers, size or data. Nothing was truncated, nothing was held."""
+
+
+class CaptureError(OutboxError):
+    """A signal was sent where its message could not be tied to a transaction; the transaction can only be rolled back."""
+
+
+class SchemaError(OutboxError):
+    """The tables are missing, older or newer than this code."""
+
+
+class BrokerError(OutboxError):
+    """The broker can't be used as configured, and waiting would not help (a refused password, an unknown virtual host)."""

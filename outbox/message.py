@@ -1,0 +1,287 @@
+"""The envelope: what a message is, what it may hold, and its bytes on the wire. No SQL and no AMQP here.
+
+On the wire a message is a CloudEvents 1.0 event in structured JSON mode. The data was encoded once, when the signal was
+sent; `cloud_event` only puts the attributes in front of those bytes, so what a consumer reads is what was sent, byte for byte.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import json
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
+from decimal import Decimal
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from outbox.errors import InvalidMessage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+JSON = "application/json"
+
+#: An AMQP 0-9-1 short string: topics are routing keys, keys travel in headers.
+MAX_NAME_BYTES = 255
+#: Twenty digits hold every 64-bit number, so that text order is number order.
+SEQUENCE_DIGITS = 20
+
+_ATTRIBUTE = re.compile(r"[a-z0-9]{1,20}")
+#: Names that mean something to CloudEvents, to RabbitMQ or to kombu: a header of that name would be read as that.
+RESERVED_HEADERS = frozenset(
+    "id source type specversion subject time datacontenttype dataschema data partitionkey sequence sequencetype "
+    "cc bcc compression expiration priority".split()
+)
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """What travels, unchanged, from capture to handler. Raises InvalidMessage; nothing is truncated."""
+
+    #: Made once by the application (UUIDv7); every redelivery and every replay keeps it.
+    id: UUID
+    #: Which application said it: a CloudEvents URI reference such as `/openevent`.
+    source: str
+    #: 1 to 255 bytes of UTF-8, printable, no blank, `*` or `#`. The routing key.
+    topic: str
+    #: Messages that share it arrive in commit order; None: no order. 1 to 255 bytes, no control characters.
+    key: str | None = None
+    #: The gapless number within the key, from 1; given when the message is written, None before and without a key.
+    sequence: int | None = None
+    #: The encoded data, frozen when the signal was sent; at most `OUTBOX_MAX_BODY` bytes.
+    body: bytes = b""
+    content_type: str = JSON
+    #: CloudEvents extension attributes, also AMQP headers: names of 1-20 lower-case letters and digits, values under 256 bytes.
+    headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
+    #: When the signal was sent, in UTC.
+    created_at: datetime
+
+    def __post_init__(self) -> None:
+        check_name("topic", self.topic, forbidden="*#", blanks=False)
+        if self.key is not None:
+            check_name("key", self.key)
+        check_name("source", self.source, blanks=False)
+        for name, value in self.headers.items():
+            _check_header(name, value)
+        if self.created_at.tzinfo is None:
+            raise InvalidMessage(f"created_at {self.created_at} has no time zone; give it in UTC")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Received:
+    """A message as a consumer gets it: any CloudEvents 1.0 event, also one that another program published."""
+
+    #: Unique within `source`; ours are UUIDs, others' may be any text.
+    id: str
+    source: str
+    topic: str
+    key: str | None
+    sequence: int | None
+    #: The decoded data: whatever the JSON held; bytes for other content types; None where there was none.
+    data: Any
+    content_type: str
+    headers: Mapping[str, str]
+    created_at: datetime | None
+    #: True when the service has already applied a later message of this key (a restored database, a released hold).
+    late: bool = False
+
+
+def check_name(what: str, value: str, *, forbidden: str = "", blanks: bool = True) -> None:
+    """Raise InvalidMessage unless *value* can be a routing key, an AMQP header and a database text."""
+    if not isinstance(value, str):
+        raise InvalidMessage(f"{what} {value!r} is no text but {type(value).__name__}")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidMessage(f"{what} {value!r} is not valid Unicode text: {error.reason}") from error
+    if not 1 <= size <= MAX_NAME_BYTES:
+        shown = value if size <= 60 else value[:40] + "…"
+        raise InvalidMessage(f"{what} {shown!r} has {size} bytes; it must have 1 to {MAX_NAME_BYTES}")
+    for character in value:
+        if character in forbidden or not (character.isprintable()) or (not blanks and character == " "):
+            raise InvalidMessage(f"{what} {value!r} holds {character!r}, which a {what} can't hold")
+
+
+def _check_header(name: str, value: str) -> None:
+    if not isinstance(name, str) or not _ATTRIBUTE.fullmatch(name):
+        raise InvalidMessage(f"header {name!r}: a name is 1 to 20 lower-case letters and digits, as in CloudEvents")
+    if name in RESERVED_HEADERS:
+        raise InvalidMessage(f"header {name!r} is reserved; choose another name")
+    if not isinstance(value, str) or len(value.encode(errors="surrogatepass")) > MAX_NAME_BYTES or not value.isprintable():
+        raise InvalidMessage(f"header {name!r}: its value must be printable text of at most {MAX_NAME_BYTES} bytes")
+
+
+def new_id() -> UUID:
+    """Return a UUIDv7 (RFC 9562): the first 48 bits are Unix milliseconds, so ids sort about as they were made."""
+    milliseconds = time.time_ns() // 1_000_000
+    value = (milliseconds << 80) | int.from_bytes(os.urandom(10), "big")
+    value = (value & ~(0xF << 76)) | (7 << 76)
+    value = (value & ~(0x3 << 62)) | (2 << 62)
+    return UUID(int=value)
+
+
+# --- data → bytes ------------------------------------------------------------------------------------------------------
+
+
+def encode(data: Any, *, limit: int) -> bytes:
+    """Return *data* as compact JSON in UTF-8.
+
+    Besides what JSON knows: date, time and datetime (ISO 8601), timedelta (seconds), Decimal and UUID (text), Enum (its
+    value), dataclasses (objects). Raises InvalidMessage, naming the field, for anything else, for NaN and infinities, for
+    cycles, and for more than *limit* bytes.
+    """
+    try:
+        body = json.dumps(
+            data, ensure_ascii=False, allow_nan=False, check_circular=True, separators=(",", ":"), default=_plain
+        ).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidMessage(_explain(data, error)) from error
+    if len(body) > limit:
+        raise InvalidMessage(
+            f"the data has {len(body)} bytes, more than OUTBOX_MAX_BODY={limit}; send ids or a link instead of the content"
+        )
+    return body
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    if isinstance(value, (date, time_of_day)):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, (Decimal, UUID)):
+        return str(value)
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    raise TypeError(type(value).__name__)
+
+
+def _explain(data: Any, error: Exception) -> str:
+    if isinstance(error, RecursionError) or "Circular" in str(error):
+        return "the data contains itself or is nested too deep for JSON"
+    for path, value in _leaves(data, "data"):
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain).encode()
+        except (TypeError, ValueError):
+            if hasattr(value, "__mapper__"):
+                return f"{path} is a {type(value).__name__}, a database object; send its id or the fields a consumer needs"
+            if isinstance(value, float):
+                return f"{path} is {value!r}, which JSON can't express; send None or a text instead"
+            if isinstance(value, str):
+                return f"{path} is text that UTF-8 can't express (a lone surrogate)"
+            return f"{path} is a {type(value).__name__}, which JSON can't express; send text, numbers, lists or objects"
+    return f"the data can't be written as JSON: {error}"
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, (str, int, float, bool, type(None))):
+                yield f"{path}: its key {name!r}", name
+            yield from _leaves(inner, f"{path}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{number}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for item in dataclasses.fields(value):
+            yield from _leaves(getattr(value, item.name), f"{path}.{item.name}")
+    else:
+        yield path, value
+
+
+# --- message ⇄ wire ----------------------------------------------------------------------------------------------------
+
+
+def cloud_event(message: Message) -> bytes:
+    """Return the event in structured JSON mode: the attributes, then the stored body bytes, not encoded again."""
+    attributes = {
+        "specversion": "1.0",
+        "id": str(message.id),
+        "source": message.source,
+        "type": message.topic,
+        "time": message.created_at.astimezone(UTC).isoformat().replace("+00:00", "Z"),
+    }
+    if message.key is not None:
+        attributes["subject"] = attributes["partitionkey"] = message.key
+    if message.sequence is not None:
+        attributes["sequence"] = f"{message.sequence:0{SEQUENCE_DIGITS}d}"
+    attributes.update(message.headers)
+    if not message.body:
+        return json.dumps(attributes, ensure_ascii=False, separators=(",", ":")).encode()
+    attributes["datacontenttype"] = message.content_type
+    head = json.dumps(attributes, ensure_ascii=False, separators=(",", ":")).encode()[:-1]
+    if message.content_type == JSON:
+        return b"".join((head, b',"data":', message.body, b"}"))
+    return b"".join((head, b',"data_base64":"', base64.b64encode(message.body), b'"}'))
+
+
+def received(wire: bytes) -> Received:
+    """Return what a structured CloudEvents 1.0 event says; raise InvalidMessage, saying what is wrong, for anything else."""
+    event = _object(wire)
+    if event.pop("specversion", None) != "1.0":
+        raise InvalidMessage("no CloudEvents 1.0 event: specversion is not '1.0'")
+    id_, source, topic = (_text(event, name) for name in ("id", "source", "type"))
+    content_type = _text(event, "datacontenttype", default=JSON)
+    key = _text(event, "partitionkey", default="") or None
+    event.pop("subject", None)
+    data, encoded = event.pop("data", None), event.pop("data_base64", None)
+    if encoded is not None:
+        try:
+            data = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, TypeError, ValueError) as error:
+            raise InvalidMessage(f"event {id_}: data_base64 is not base64") from error
+    return Received(
+        id=id_,
+        source=source,
+        topic=topic,
+        key=key,
+        sequence=_number(event.pop("sequence", None)),
+        created_at=_time(event.pop("time", None)),
+        data=data,
+        content_type=content_type,
+        headers=MappingProxyType({name: str(value) for name, value in event.items()}),
+    )
+
+
+def _object(wire: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(wire)
+    except (ValueError, RecursionError) as error:
+        raise InvalidMessage(f"no JSON: {error}") from error
+    if not isinstance(event, dict):
+        raise InvalidMessage(f"no CloudEvents event: the JSON is no object but {type(event).__name__}")
+    return event
+
+
+def _text(event: dict[str, Any], name: str, default: str | None = None) -> str:
+    value = event.pop(name, default)
+    if not isinstance(value, str) or (not value and default is None):
+        raise InvalidMessage(f"no CloudEvents event: {name} is {'missing' if value is None else 'no text'}")
+    return value
+
+
+def _number(value: object) -> int | None:
+    """Foreign events may carry any sequence; only a plain 64-bit number says something about order."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and int(value) < 2**63:
+        return int(value)
+    return None
+
+
+def _time(value: object) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+    return moment if moment is None or moment.tzinfo else None

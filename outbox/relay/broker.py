@@ -1,0 +1,83 @@
+"""What the relay asks of a broker: the seam that RabbitMQ and the embedded broker fill.
+
+Sending is pipelined: `send` hands messages over and returns, `answers` brings what became of them, in any order. An
+adapter only says what happened; what that means for the row is decided in `verdict`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from outbox.message import Message
+
+
+class Outcome(Enum):
+    """What the broker said of one message. Exactly one for each message that was sent."""
+
+    #: It has the message, durably, in every queue bound to the topic.
+    CONFIRMED = auto()
+    #: No queue is bound to the topic; nobody has it.
+    RETURNED = auto()
+    #: A queue refused it (full, or without a majority); others may have it.
+    NACKED = auto()
+    #: The message itself can't be sent: it failed before its first byte, or the broker closed the channel over it (406)
+    #: while it was alone in flight.
+    REFUSED = auto()
+    #: Undecided: the connection was lost, silent or blocked. It may have been delivered.
+    LOST = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message on its way; `token` (its outbox_pending.id) comes back with the answer."""
+
+    token: int
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of one message."""
+
+    token: int
+    outcome: Outcome
+    #: The broker's words, or what happened to the connection, for people; no payload.
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerState:
+    """How the broker stands, for logs, status and the decision whether sending makes sense."""
+
+    connected: bool
+    #: The broker has an alarm and reads nothing from publishers.
+    blocked: bool = False
+    #: Why not connected, or why blocked; empty when all is well. Secrets masked.
+    detail: str = ""
+
+
+class Broker(Protocol):
+    """A connection to a broker that keeps itself up. Its methods are called from one thread, except `wake`."""
+
+    def start(self) -> None:
+        """Begin to connect, in the background; the broker need not be up. Reconnects by itself, with jitter, until `stop`."""
+
+    def send(self, batch: Sequence[Outgoing]) -> None:
+        """Hand over *batch*, in order. Each message gets exactly one answer; without a connection that is LOST, at once."""
+
+    def answers(self, timeout: float) -> list[Answer]:
+        """Wait until an answer is there, the state changes, `wake` is called or *timeout* seconds pass; return the answers."""
+
+    def wake(self) -> None:
+        """Make a waiting `answers` return; from any thread."""
+
+    def state(self) -> BrokerState:
+        """Return the present state, without I/O."""
+
+    def stop(self, timeout: float) -> None:
+        """Close within *timeout* seconds; what is still unanswered is LOST."""
