@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
+from tests.kit.processes import ROOT, Process
 from tests.kit.servers import ExternalPostgres, ExternalRabbit, PostgresServer, RabbitServer, ServerMissingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
     from typing import NoReturn
 
@@ -26,6 +28,12 @@ _MARKERS = {
     "rabbit_server": pytest.mark.rabbitmq,
     "private_rabbit": pytest.mark.rabbitmq,
 }
+
+
+class Spawn(Protocol):
+    """The type of the fixture `spawn`."""
+
+    def __call__(self, *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Process: ...
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -135,3 +143,19 @@ def private_rabbit() -> Iterator[Callable[[], RabbitServer]]:
             return server
 
         yield make
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Iterator[Spawn]:
+    """Start commands (`spawn("outbox", "relay", env=…)`) that die with the test; their output is shown if it fails."""
+    numbers = count(1)
+    with ExitStack() as processes:
+
+        def start(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Process:
+            process = Process(*command, log=tmp_path / f"process-{next(numbers)}.log", env=env, cwd=cwd)
+            # pytest shows what a fixture prints only for tests that fail.
+            processes.callback(lambda: print(f"--- {process!r} printed:\n{process.output[-10_000:]}"))
+            processes.enter_context(process)
+            return process
+
+        yield start

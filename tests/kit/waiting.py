@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def eventually(
-    predicate: Callable[[], T], timeout: float = 10.0, what: str = "the condition", interval: float = 0.02
-) -> T:
+def eventually(predicate: Callable[[], T], timeout: float = 10.0, what: str = "the condition", interval: float = 0.02) -> T:
     """Return the first truthy value of *predicate*, asked every *interval* seconds for at most *timeout* seconds.
 
     Raises AssertionError, naming *what* and the last answer. An AssertionError in the predicate counts as "not yet"
