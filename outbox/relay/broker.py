@@ -28,8 +28,16 @@ class Outcome(Enum):
     #: The message itself can't be sent: it failed before its first byte, or the broker closed the channel over it (406)
     #: while it was alone in flight.
     REFUSED = auto()
-    #: Undecided: the connection was lost, silent or blocked. It may have been delivered.
+    #: Undecided: the connection was lost, silent or blocked. It may have been delivered, unless the detail starts with
+    #: NOT_SENT. A detail that starts with PRECONDITION ("406") says that one of those in flight was to blame.
     LOST = auto()
+
+
+#: How the detail of a LOST message starts that never left: there was no connection, or it ended before the first byte.
+NOT_SENT = "not sent: "
+#: How the detail of LOST messages starts when the broker refused one of several in flight: sent one by one, the culprit
+#: comes back as REFUSED.
+PRECONDITION = "406"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,8 @@ class Answer:
     outcome: Outcome
     #: The broker's words, or what happened to the connection, for people; no payload.
     detail: str = ""
+    #: From writing it to the broker's answer; 0 where the broker did not answer.
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +67,11 @@ class BrokerState:
     connected: bool
     #: The broker has an alarm and reads nothing from publishers.
     blocked: bool = False
-    #: Why not connected, or why blocked; empty when all is well. Secrets masked.
+    #: Why not connected, or why blocked, and the next step; empty when all is well. Secrets masked.
     detail: str = ""
+    #: The broker is there and refuses us as configured (password, virtual host, exchange, permission): waiting alone won't
+    #: help. The adapter keeps trying, slowly.
+    refused: bool = False
 
 
 class Broker(Protocol):

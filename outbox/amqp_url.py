@@ -1,0 +1,115 @@
+"""What an `amqp://` or `amqps://` URL says, read in one way by everything that connects to RabbitMQ. No client library here.
+
+    amqps://user:password@host:5671/vhost?cacertfile=/etc/ssl/broker-ca.pem
+
+User and password must be there (clients would fall back to guest/guest), special characters percent-encoded. Without a
+path the virtual host is `/`. With `amqps` the certificate and the host name are always verified.
+
+| query parameter | |
+| --- | --- |
+| `cacertfile` | PEM file with the authority that signed the broker's certificate; default: the system's authorities |
+| `certfile`, `keyfile` | PEM files of a client certificate |
+| `server_name_indication` | the name in the broker's certificate, where it is not the host of the URL |
+| `heartbeat` | seconds; default: what the broker proposes |
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from outbox.errors import ConfigurationError
+
+_PORTS = {"amqp": 5672, "amqps": 5671}
+_TLS_PARAMETERS = ("cacertfile", "certfile", "keyfile", "server_name_indication")
+PARAMETERS = (*_TLS_PARAMETERS, "heartbeat")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AmqpUrl:
+    """One broker, one virtual host, one user. `repr()` and `str()` show no password."""
+
+    host: str
+    port: int
+    user: str
+    password: str
+    vhost: str
+    tls: bool
+    server_name: str
+    cacertfile: str | None
+    certfile: str | None
+    keyfile: str | None
+    #: Seconds; None: what the broker proposes.
+    heartbeat: int | None
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'amqps' if self.tls else 'amqp'}://{self.user}:***@{host}:{self.port}/{self.vhost.removeprefix('/')}"
+
+    def __repr__(self) -> str:
+        return f"<AmqpUrl {self}>"
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """Return the context for a connection that verifies certificate and host name; None for `amqp://`.
+
+        Raises ConfigurationError for files that can't be read.
+        """
+        if not self.tls:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.cacertfile)
+            if self.certfile is not None:
+                context.load_cert_chain(self.certfile, self.keyfile)
+        except (OSError, ssl.SSLError) as error:
+            files = ", ".join(filter(None, (self.cacertfile, self.certfile, self.keyfile)))
+            raise ConfigurationError(f"{self}: can't read the certificates ({files}): {error}") from error
+        return context
+
+
+def parse(url: str) -> AmqpUrl:
+    """Return what *url* says. Raises ConfigurationError, without the password in its text."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        raise ConfigurationError(f"the broker URL for host {parts.hostname} has a port that is no number up to 65535") from None
+    if parts.scheme not in _PORTS or not parts.hostname:
+        raise ConfigurationError(
+            f"{parts.scheme}://{parts.hostname or ''}: not amqp://user:password@host:5672/vhost or amqps://…"
+        )
+    if not parts.username or not parts.password:
+        raise ConfigurationError(
+            f"{parts.scheme}://{parts.hostname}: it names no user and password; clients would silently use guest/guest"
+        )
+    tls = parts.scheme == "amqps"
+    query = _query(parts.query, parts.hostname, tls=tls)
+    return AmqpUrl(
+        host=parts.hostname,
+        port=port or _PORTS[parts.scheme],
+        user=unquote(parts.username),
+        password=unquote(parts.password),
+        # An empty path and `//` (as Celery writes it) mean the virtual host everybody has.
+        vhost=unquote(parts.path[1:]) if parts.path not in ("", "/", "//") else "/",
+        tls=tls,
+        server_name=query.get("server_name_indication", parts.hostname),
+        cacertfile=query.get("cacertfile"),
+        certfile=query.get("certfile"),
+        keyfile=query.get("keyfile"),
+        heartbeat=int(query["heartbeat"]) if "heartbeat" in query else None,
+    )
+
+
+def _query(text: str, host: str, *, tls: bool) -> dict[str, str]:
+    query = dict(parse_qsl(text, keep_blank_values=True))
+    problems = [f"{name} is no parameter (known: {', '.join(PARAMETERS)})" for name in query if name not in PARAMETERS]
+    problems += [f"{name} needs amqps://" for name in query if name in _TLS_PARAMETERS and not tls]
+    problems += [f"{name} is empty" for name, value in query.items() if not value]
+    heartbeat = query.get("heartbeat", "0")
+    if not (heartbeat.isascii() and heartbeat.isdigit() and int(heartbeat) <= 65535):
+        problems.append("heartbeat must be a number of seconds from 0 to 65535")
+    if "keyfile" in query and "certfile" not in query:
+        problems.append("keyfile needs certfile")
+    if problems:
+        raise ConfigurationError(f"the broker URL for host {host}: {'; '.join(problems)}")
+    return query
