@@ -25,3 +25,7 @@ class SchemaError(OutboxError):
 
 class BrokerError(OutboxError):
     """The broker can't be used as configured, and waiting would not help (a refused password, an unknown virtual host)."""
+
+
+class Unavailable(OutboxError):
+    """A server can't be reached now; the same command may succeed later (exit code 75)."""

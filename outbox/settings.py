@@ -276,6 +276,28 @@ def load(
     raise ConfigurationError("\n".join(problems))
 
 
+def override(settings: Settings, arguments: Mapping[str, object]) -> Settings:
+    """Return *settings* with *arguments* (`{"OUTBOX_HTTP_PORT": "9101"}`) in place of what they say.
+
+    Raises ConfigurationError with every problem in it, a line each.
+    """
+    problems: list[str] = []
+    _refuse_unknown(arguments, "argument", problems)
+    values: dict[str, Any] = {}
+    for name, raw in arguments.items():
+        if name in _FIELDS:
+            try:
+                values[_FIELDS[name].name] = _FIELDS[name].metadata["parse"](raw)
+            except ValueError as error:
+                problems.append(f"{name}={mask(str(raw))} (argument): {error}")
+    origins = MappingProxyType({**settings.origins, **dict.fromkeys(arguments, "argument")})
+    changed = dataclasses.replace(settings, **values, origins=origins)
+    problems = problems or _contradictions(changed)
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+    return changed
+
+
 def _project_table(folder: Path | None, problems: list[str]) -> dict[str, Any]:
     path = folder / "pyproject.toml" if folder else None
     if path is None or not path.is_file():

@@ -1,0 +1,137 @@
+"""What a command works on: the app's engine and topics under `flask outbox`, settings of the environment otherwise."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from outbox.cli.failures import database_failure
+from outbox.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from sqlalchemy.engine import URL, Connection, Engine
+
+    from outbox.settings import Settings
+
+#: Long enough for a busy server, short enough for a person: a firewall that swallows packets would otherwise cost minutes.
+_CONNECT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Context:
+    """Settings, topics and the database of one command."""
+
+    settings: Settings
+    #: What the app captures; None where no app was loaded, hence nobody knows.
+    topics: tuple[str, ...] | None
+    #: The app's own engine, under flask.
+    app_engine: Engine | None = None
+
+    @property
+    def url(self) -> URL:
+        """The database's URL. Raises ConfigurationError when none is set."""
+        from sqlalchemy import make_url
+
+        if self.app_engine is not None:
+            return self.app_engine.url
+        self.settings.require("DATABASE_URL")
+        return make_url(str(self.settings.database_url))
+
+    @property
+    def where(self) -> str:
+        """The database for people: the absolute path of a SQLite file, else the masked URL."""
+        path = sqlite_file(self.url)
+        return str(path) if path else self.url.render_as_string(hide_password=True)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine; connects to nothing yet. Raises ConfigurationError when its driver is missing."""
+        from outbox import database
+
+        if self.app_engine is not None:
+            return self.app_engine
+        options: dict[str, Any] = {}
+        if self.url.get_backend_name() in ("postgresql", "mysql", "mariadb"):
+            options["connect_args"] = {"connect_timeout": _CONNECT_SECONDS}
+        return database.create_engine(str(self.settings.database_url), **options)
+
+    def require_file(self) -> None:
+        """Raise ConfigurationError for a SQLite file that is not there: opening it would make an empty one."""
+        path = sqlite_file(self.url)
+        if path is not None and not path.exists():
+            raise ConfigurationError(f"DATABASE_URL={self.url}: there is no file {path}; run: outbox migrate")
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Turn database errors inside into texts that name DATABASE_URL."""
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except SQLAlchemyError as error:
+            raise database_failure(f"DATABASE_URL={self.url.render_as_string(hide_password=True)}", error) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection for reading, with tables of the right version; writes inside are rolled back."""
+        from outbox import migrations
+
+        self.require_file()
+        with self.naming(), self.engine.connect() as plain:
+            connection = plain.execution_options(outbox_read_only=True)
+            migrations.check(connection)
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction, committed at the end, on tables of the right version."""
+        from outbox import migrations
+
+        self.require_file()
+        with self.naming(), self.engine.begin() as connection:
+            migrations.check(connection)
+            yield connection
+
+
+def current(arguments: Mapping[str, object] = MappingProxyType({})) -> Context:
+    """Return what this command works on; *arguments* are settings given on the command line."""
+    from outbox import settings
+
+    given = {name: value for name, value in arguments.items() if value is not None}
+    app = _app()
+    if app is None:
+        return Context(settings.load(given, environ=os.environ, folder=Path.cwd()), topics=None)
+    state = app.extensions["outbox"]
+    return Context(settings.override(state.settings, given), topics=tuple(state.topics), app_engine=state.engine())
+
+
+def announce(context: Context, *, as_json: bool = False) -> None:
+    """Say which SQLite file a bare command works on: a relative path means another file in another folder."""
+    path = sqlite_file(context.url)
+    if path is not None and context.app_engine is None and not as_json:
+        click.secho(f"SQLite file {path}", err=True, dim=True)
+
+
+def sqlite_file(url: URL) -> Path | None:
+    """Return the absolute path of the file behind *url*, None for servers and `file:` URIs."""
+    if url.get_backend_name() != "sqlite" or not url.database or url.database.startswith("file:"):
+        return None
+    return Path(url.database).absolute()
+
+
+def _app() -> Any:
+    """Return the Flask app this command runs in, if it has an outbox; never loads flask."""
+    flask = sys.modules.get("flask")
+    if flask is None or not flask.has_app_context() or "outbox" not in flask.current_app.extensions:
+        return None
+    return flask.current_app

@@ -1,0 +1,71 @@
+"""What went wrong, for the person at the keyboard: one clear text, an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from outbox.errors import ConfigurationError, OutboxError, Unavailable
+
+if TYPE_CHECKING:
+    from sqlalchemy.exc import SQLAlchemyError
+
+#: Exit codes; 0 is fine, 1 failed, and 2 (wrong usage) is click's own.
+THRESHOLD = 3
+TRY_LATER = 75
+
+#: A server that says one of these is up; waiting would not help.
+_REFUSALS = ("password authentication failed", "does not exist", "no pg_hba.conf entry", "access denied", "unable to open")
+
+
+class Failure(click.ClickException):
+    """Printed as `Error: …`, further lines below each other; the command ends with 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write the text to standard error."""
+        lead = click.style("Error:", fg="red", bold=True)
+        click.echo(f"{lead} " + self.message.replace("\n", "\n       "), file=file or sys.stderr)
+
+
+class TryLater(Failure):
+    """As Failure, but the same command may succeed later: it ends with 75."""
+
+    exit_code = TRY_LATER
+
+
+class Group(click.Group):
+    """A group whose commands end with a clear text instead of a traceback, also as `flask outbox`."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; translate what it raised."""
+        try:
+            return super().invoke(ctx)
+        except OutboxError as error:
+            raise _failure(error) from error
+        except Exception as error:
+            # Only where SQLAlchemy was loaded can its errors have been raised; `outbox --help` never loads it.
+            database_error = getattr(sys.modules.get("sqlalchemy.exc"), "SQLAlchemyError", None)
+            if database_error is None or not isinstance(error, database_error):
+                raise
+            raise _failure(database_failure("the database", error)) from error
+
+
+def _failure(error: OutboxError) -> Failure:
+    return TryLater(str(error)) if isinstance(error, Unavailable) else Failure(str(error))
+
+
+def database_failure(where: str, error: SQLAlchemyError) -> OutboxError:
+    """Return what *error* means to an operator; *where* names the setting and its masked URL."""
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+    said = str(error.orig) if isinstance(error, DBAPIError) and error.orig is not None else str(error)
+    text = " ".join(said.strip().splitlines()[0].split()) if said.strip() else type(error).__name__
+    if any(refusal in said.lower() for refusal in _REFUSALS):
+        return ConfigurationError(f"{where}: {text}; correct it, then: outbox doctor")
+    if "locked" in said:
+        return Unavailable(f"{where}: {text}; another process is writing for a long time, try again")
+    if isinstance(error, (OperationalError, InterfaceError)):
+        return Unavailable(f"{where}: {text}; start the database or correct the URL, then: outbox doctor")
+    return OutboxError(f"{where}: {text}")

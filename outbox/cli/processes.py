@@ -1,0 +1,66 @@
+"""`outbox migrate` and `outbox relay`: make the tables, then empty them."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from outbox.cli import context, text
+from outbox.cli.context import Context
+
+
+@click.command()
+@click.option("--sql", is_flag=True, help="Print the statements for an empty database instead of running them.")
+def migrate(sql: bool) -> None:
+    """Create or upgrade the tables of the outbox."""
+    from outbox import migrations
+
+    here = context.current()
+    if sql:
+        text.say(migrations.sql(here.url.get_backend_name()), newline=False)
+        return
+    context.announce(here)
+    with here.naming():
+        steps = migrations.upgrade(here.engine)
+    version = len(migrations.OUTBOX.steps)
+    done = f"upgraded by {text.amount(steps, 'step')} to version {version}" if steps else f"are of version {version} already"
+    text.say(f"The outbox tables {done}: {here.where}")
+
+
+@click.command()
+@click.option("--once", is_flag=True, help="One pass: send what can be sent, then stop.")
+@click.option("--drain", is_flag=True, help="Until nothing more can be sent now, then stop.")
+@click.option("--http-port", metavar="PORT", help="Serve /livez, /readyz and /metrics on this port (or HOST:PORT).")
+@click.pass_context
+def relay(ctx: click.Context, once: bool, drain: bool, http_port: str | None) -> None:
+    """Publish committed messages to the broker, in order within each key.
+
+    Runs until SIGTERM or Ctrl-C, which let it settle what is in flight; a second one ends it at once.
+    """
+    if once and drain:
+        raise click.UsageError("--once and --drain exclude each other")
+    here = prepare_process({"OUTBOX_HTTP_PORT": http_port})
+    here.settings.require("DATABASE_URL", "BROKER_URL")
+    _require_database(here)
+    from outbox.relay import daemon
+
+    ctx.exit(daemon.run(here.settings, once=once, drain=drain))
+
+
+def prepare_process(arguments: dict[str, object]) -> Context:
+    """Return the context of a long-running command: with log lines, and failpoints armed if the environment says so."""
+    from outbox import failpoints, logs
+
+    # Before the settings are read, because reading them may warn.
+    logs.configure(os.environ.get("OUTBOX_LOG_FORMAT", "console"))
+    here = context.current(arguments)
+    logs.configure(here.settings.log_format)
+    failpoints.arm(os.environ)
+    return here
+
+
+def _require_database(here: Context) -> None:
+    # Only the embedded mode makes its files by itself; elsewhere a missing file is a wrong folder or a forgotten migrate.
+    if not str(here.settings.broker_url).startswith("embedded:"):
+        here.require_file()
