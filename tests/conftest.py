@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 import pytest
 
 from tests.kit.processes import ROOT, Process
-from tests.kit.servers import ExternalPostgres, ExternalRabbit, PostgresServer, RabbitServer, ServerMissingError
+from tests.kit.server_process import ServerMissingError
+from tests.kit.servers import ExternalPostgres, ExternalRabbit, PostgresServer, RabbitServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -128,21 +129,31 @@ def private_postgres() -> Iterator[Callable[..., PostgresServer]]:
         yield make
 
 
+@pytest.fixture(scope="session")
+def _idle_rabbits() -> Iterator[list[RabbitServer]]:
+    """Nodes that were lent to a test: starting one again, or merely emptying it, is quicker than booting another."""
+    idle: list[RabbitServer] = []
+    yield idle
+    for server in idle:
+        server.discard()
+
+
 @pytest.fixture
-def private_rabbit() -> Iterator[Callable[[], RabbitServer]]:
-    """Make a started RabbitMQ that belongs to this test alone. Booting takes seconds: share one test where you can."""
-    with ExitStack() as servers:
+def private_rabbit(_idle_rabbits: list[RabbitServer]) -> Iterator[Callable[[], RabbitServer]]:
+    """Lend a started, empty RabbitMQ to this test alone: it may stop, kill, block and suspend it, and leave it so."""
+    lent: list[RabbitServer] = []
 
-        def make() -> RabbitServer:
-            try:
-                server = RabbitServer()
-            except ServerMissingError as missing:
-                _unavailable(missing)
-            servers.callback(server.discard)
-            server.start()
-            return server
+    def lend() -> RabbitServer:
+        try:
+            server = _idle_rabbits.pop() if _idle_rabbits else RabbitServer()
+        except ServerMissingError as missing:
+            _unavailable(missing)
+        lent.append(server)
+        server.heal()
+        return server
 
-        yield make
+    yield lend
+    _idle_rabbits.extend(lent)
 
 
 @pytest.fixture

@@ -9,8 +9,12 @@ import psycopg
 import pytest
 from sqlalchemy import create_engine, text
 
+from tests.kit.waiting import eventually
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pika.adapters.blocking_connection import BlockingChannel
 
     from tests.kit.servers import ExternalPostgres, ExternalRabbit, PostgresServer, RabbitServer
 
@@ -62,3 +66,74 @@ def test_two_virtual_hosts_do_not_see_each_other(rabbit_server: RabbitServer | E
             pytest.raises(pika.exceptions.ChannelClosedByBroker, match="404"),
         ):
             connection.channel().queue_declare("only_here", passive=True)
+
+
+def _publish(channel: BlockingChannel, body: bytes) -> None:
+    channel.basic_publish("", "kept", body, pika.BasicProperties(delivery_mode=2), mandatory=True)
+
+
+def test_a_crash_of_rabbitmq_keeps_what_was_confirmed(private_rabbit: Callable[[], RabbitServer]) -> None:
+    server = private_rabbit()
+    connection = pika.BlockingConnection(pika.URLParameters(server.url))
+    channel = connection.channel()
+    channel.queue_declare("kept", durable=True, arguments={"x-queue-type": "quorum"})
+    channel.confirm_delivery()
+    _publish(channel, b"confirmed")
+    server.kill()
+    with pytest.raises(pika.exceptions.AMQPConnectionError):
+        connection.process_data_events(time_limit=10)
+    server.start()
+    with pika.BlockingConnection(pika.URLParameters(server.url)) as again:
+        body = eventually(lambda: again.channel().basic_get("kept")[2], what="the message after the crash")
+    assert body == b"confirmed"
+
+
+def test_a_memory_alarm_blocks_publishers_until_it_is_cleared(private_rabbit: Callable[[], RabbitServer]) -> None:
+    server = private_rabbit()
+    states: list[str] = []
+    connection = pika.BlockingConnection(pika.URLParameters(server.url))
+    connection.add_on_connection_blocked_callback(lambda *_: states.append("blocked"))
+    connection.add_on_connection_unblocked_callback(lambda *_: states.append("unblocked"))
+    channel = connection.channel()
+    channel.queue_declare("alarmed", durable=True)
+    server.set_memory_alarm()
+    channel.basic_publish("", "alarmed", b"")  # the broker blocks those who publish
+    eventually(lambda: connection.process_data_events(0.05) or states, what="connection.blocked")
+    server.clear_memory_alarm()
+    eventually(lambda: connection.process_data_events(0.05) or len(states) > 1, what="connection.unblocked")
+    assert states == ["blocked", "unblocked"]
+    connection.close()
+
+
+def test_all_connections_can_be_closed_from_the_brokers_side(private_rabbit: Callable[[], RabbitServer]) -> None:
+    server = private_rabbit()
+    connection = pika.BlockingConnection(pika.URLParameters(server.url))
+    server.close_all_connections("for a test")
+    with pytest.raises(pika.exceptions.ConnectionClosedByBroker, match="for a test"):
+        connection.process_data_events(time_limit=10)
+
+
+def test_a_lent_rabbitmq_is_empty_and_healthy_whatever_the_last_test_did(
+    private_rabbit: Callable[[], RabbitServer],
+) -> None:
+    server = private_rabbit()
+    with pika.BlockingConnection(pika.URLParameters(server.url)) as connection:
+        connection.channel().queue_declare("left_behind", durable=True)
+    server.set_memory_alarm()
+    server.suspend()
+    server.heal()
+    assert server.management.request("GET", "queues") == []
+    with pika.BlockingConnection(pika.URLParameters(server.url)) as connection:
+        channel = connection.channel()
+        channel.queue_declare("new", durable=True)
+        channel.confirm_delivery()
+        channel.basic_publish("", "new", b"", mandatory=True)
+
+
+def test_an_orderly_stop_tells_the_clients(private_rabbit: Callable[[], RabbitServer]) -> None:
+    server = private_rabbit()
+    connection = pika.BlockingConnection(pika.URLParameters(server.url))
+    server.stop()
+    with pytest.raises(pika.exceptions.ConnectionClosedByBroker, match="320"):
+        connection.process_data_events(time_limit=10)
+    assert not server.running

@@ -56,13 +56,23 @@ class Management:
             return False
         return True
 
+    def empty(self) -> None:
+        """Delete every virtual host, and make a new `/`."""
+        for vhost in self.request("GET", "vhosts"):
+            self.request("DELETE", f"vhosts/{quote(vhost['name'], safe='')}")
+        self._make("/", self.user)
+
+    def _make(self, vhost: str, user: str) -> None:
+        name = quote(vhost, safe="")
+        self.request("PUT", f"vhosts/{name}")
+        everything = {"configure": ".*", "write": ".*", "read": ".*"}
+        self.request("PUT", f"permissions/{name}/{quote(user, safe='')}", everything)
+
     @contextlib.contextmanager
     def new_vhost(self, user: str | None = None) -> Iterator[str]:
         """The name of a new virtual host on which *user* (default: the API's) may do everything."""
         name = f"test-{uuid.uuid4().hex[:12]}"
-        self.request("PUT", f"vhosts/{name}")
-        everything = {"configure": ".*", "write": ".*", "read": ".*"}
-        self.request("PUT", f"permissions/{name}/{quote(user or self.user, safe='')}", everything)
+        self._make(name, user or self.user)
         yield name
         # A test may have left its broker dead; then the virtual host goes with the broker's folder.
         with contextlib.suppress(OSError, ManagementError):

@@ -130,13 +130,7 @@ class Proxy:
     def refuse(self) -> None:
         """Reset every connection and refuse new ones, as if nothing listened; until restore()."""
 
-        def close() -> None:
-            server, self._server = self._server, None
-            if server is not None:
-                server.close()
-            self._abort_all()
-
-        self._now(close)
+        self._now(self._stop_listening)
 
     def _now(self, change: Callable[[], T]) -> T:
         """Run *change* in the proxy's thread, between two chunks, and wait until it is done."""
@@ -147,6 +141,9 @@ class Proxy:
         return asyncio.run_coroutine_threadsafe(changed(), self._loop).result(10)
 
     def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:  # the last one before it stopped listening
+            _abort(writer)
+            return
         task = self._loop.create_task(self._serve(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -196,6 +193,12 @@ class Proxy:
             self._budgets[direction] = budget - len(chunk)
         return chunk[:budget]
 
+    def _stop_listening(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        self._abort_all()
+
     def _abort_all(self) -> None:
         for writer in self._writers:
             _abort(writer)
@@ -203,10 +206,12 @@ class Proxy:
             task.cancel()
 
     async def _shut(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        self._abort_all()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._stop_listening()
+        # Not only our own tasks: asyncio has one for a connection that is just being taken.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:
