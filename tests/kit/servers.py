@@ -41,7 +41,7 @@ class PostgresServer(ServerProcess):
 
     def __init__(self, **settings: str | int) -> None:
         """*settings* are more of `postgresql.conf`, e.g. `max_connections=20`."""
-        self._bin = self._find()
+        self._bin = self.programs()
         super().__init__("postgres", system_user="postgres")
         self.port = free_port()
         self._env = {"PATH": f"{self._bin}:{os.environ.get('PATH', os.defpath)}", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
@@ -59,7 +59,8 @@ class PostgresServer(ServerProcess):
         }
 
     @staticmethod
-    def _find() -> Path:
+    def programs() -> Path:
+        """The folder of initdb and postgres, the newest first. Raises ServerMissingError."""
         versions = sorted(glob("/usr/lib/postgresql/*/bin"), key=lambda path: float(path.split("/")[4]), reverse=True)
         others = [*glob("/usr/pgsql-*/bin"), *glob("/opt/homebrew/opt/postgresql*/bin")]
         path = os.environ.get("PATH", os.defpath).split(os.pathsep)
@@ -153,7 +154,7 @@ class RabbitServer(ServerProcess):
     """A private RabbitMQ node with the management plugin, an Erlang port mapper of its own, and guest/guest."""
 
     def __init__(self) -> None:
-        self._sbin = self._find()
+        self._sbin = self.programs()
         super().__init__("rabbitmq", system_user="rabbitmq")
         self.port, self._management_port, distribution_port, epmd_port = (free_port() for _ in range(4))
         self.management = Management(self.management_url)
@@ -197,7 +198,8 @@ class RabbitServer(ServerProcess):
         }
 
     @staticmethod
-    def _find() -> Path:
+    def programs() -> Path:
+        """The folder of rabbitmq-server and rabbitmqctl. Raises ServerMissingError."""
         # Debian's wrapper in /usr/sbin changes the user and boots the machine's own node, whatever it was asked.
         path = [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder != "/usr/sbin"]
         packaged = sorted(glob("/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin"), reverse=True)
