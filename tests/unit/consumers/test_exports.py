@@ -1,0 +1,201 @@
+"""The exports service: what it keeps, what it writes, and that files are whole."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import icalendar
+import pytest
+import sqlalchemy as sa
+from lxml import etree
+
+from consumers.exports import model, service
+from consumers.exports.files import replace, write_one
+from consumers.exports.icalendar_files import XCAL
+from consumers.exports.programme import plain
+from outbox.database import create_engine
+from outbox.message import Message, encode, new_id
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sqlalchemy.engine import Engine
+
+NOON = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
+EVENT: dict[str, Any] = {
+    "id": 1,
+    "name": "Outbox Days",
+    "timezone": "Asia/Singapore",
+    "starts_at": "2026-06-01T01:00:00Z",
+    "ends_at": "2026-06-02T10:00:00Z",
+    "location_name": "Hall & Garden",
+    "url": "https://example.org",
+}
+TRACKS = [{"id": 5, "event_id": 1, "name": "Databases", "color": "#ff0000"}]
+
+
+def session(id: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": id,
+        "event_id": 1,
+        "title": f"Talk {id}",
+        "short_abstract": "<p>One &amp; two</p><p>three\x0b</p>",
+        "state": "accepted",
+        "starts_at": "2026-06-01T02:00:00Z",
+        "ends_at": "2026-06-01T02:45:00Z",
+        "track_id": 5,
+        "microlocation_id": 3,
+        "speaker_ids": [9, 8],
+        **changes,
+    }
+
+
+class World:
+    """The service with a database of its own, fed with messages."""
+
+    def __init__(self, folder: Path) -> None:
+        self.engine: Engine = create_engine(f"sqlite:///{folder}/exports.db")
+        self.folder = folder / "files"
+        self.sequence = 0
+
+    def say(self, topic: str, at: datetime = NOON, **data: Any) -> None:
+        self.sequence += 1
+        message = Message(
+            id=new_id(), source="/openevent", topic=topic, key="event:1", sequence=self.sequence,
+            body=encode({"event_id": 1, "change": "updated", **data}, limit=10**6), created_at=at,
+        )  # fmt: skip
+        service.deliver(message, self.engine)
+
+    def say_session(self, id: int, at: datetime = NOON, change: str = "updated", **changes: Any) -> None:
+        self.say("session.modified", at, session_id=id, change=change, session=session(id, **changes))
+
+    def write(self) -> None:
+        while write_one(self.engine, self.folder, NOON):
+            pass
+
+    def file(self, name: str) -> bytes:
+        return (self.folder / "event-1" / name).read_bytes()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    world.say("event.modified", event=EVENT, tracks=TRACKS)
+    world.say("microlocation.modified", microlocation_id=3, microlocation={"id": 3, "event_id": 1, "name": "Aula "})
+    for id, name in ((8, "Ada"), (9, "Grace Hopper")):
+        world.say("speaker.modified", speaker_id=id, speaker={"id": id, "event_id": 1, "name": name})
+    return world
+
+
+def test_the_calendar_holds_each_accepted_session_with_a_time_once(world: World) -> None:
+    world.say_session(1)
+    world.say_session(2, state="rejected")
+    world.say_session(3, starts_at=None, ends_at=None)
+    world.say_session(4, state="confirmed")
+    world.write()
+    calendar = icalendar.Calendar.from_ical(world.file("schedule.ics"))
+    events: list[Any] = list(calendar.walk("VEVENT"))
+    assert [str(event["SUMMARY"]) for event in events] == ["Talk 1", "Talk 4"]
+    assert events[0]["DTSTART"].dt == datetime(2026, 6, 1, 2, 0, tzinfo=UTC)
+    assert str(events[0]["LOCATION"]) == "Aula"
+    assert "Grace Hopper, Ada" in str(events[0]["DESCRIPTION"])
+
+
+def test_xcal_says_the_same_as_ical(world: World) -> None:
+    world.say_session(1)
+    world.write()
+    root = etree.fromstring(world.file("schedule.xcal.xml"))
+    names = {"x": XCAL}
+    assert root.xpath("//x:vevent/x:properties/x:summary/x:text/text()", namespaces=names) == ["Talk 1"]
+    assert root.xpath("//x:vevent/x:properties/x:dtstart/x:date-time/text()", namespaces=names) == ["2026-06-01T02:00:00Z"]
+
+
+def test_pentabarf_lists_days_and_rooms_in_the_time_of_the_venue(world: World) -> None:
+    world.say_session(1, starts_at="2026-06-01T17:30:00Z", ends_at="2026-06-01T19:00:00Z")
+    world.say_session(2, microlocation_id=None)
+    world.write()
+    root = etree.fromstring(world.file("pentabarf.xml"))
+    assert root.xpath("conference/venue/text()") == ["Hall & Garden"]
+    assert root.xpath("day/@date") == ["2026-06-01", "2026-06-02"]  # 17:30 UTC is 01:30 of the next day in Singapore
+    event = root.xpath("day[2]/room[@name='Aula']/event")[0]
+    assert (event.findtext("start"), event.findtext("duration")) == ("01:30", "01:30")
+    assert event.xpath("persons/person/text()") == ["Grace Hopper", "Ada"]
+    assert root.xpath("day[1]/room/@name") == ["Room to be announced"]
+
+
+def test_open_event_json_is_what_the_messages_said(world: World) -> None:
+    world.say_session(1)
+    world.write()
+    document = json.loads(world.file("open-event.json"))
+    assert document["event"] == EVENT
+    assert document["tracks"] == TRACKS
+    assert document["sessions"] == [session(1)]
+    assert [speaker["name"] for speaker in document["speakers"]] == ["Ada", "Grace Hopper"]
+
+
+def test_what_was_said_earlier_never_replaces_what_was_said_later(world: World) -> None:
+    world.say_session(1, at=NOON + timedelta(minutes=2), title="new")
+    world.say_session(1, at=NOON + timedelta(minutes=1), title="late and old")
+    world.say_session(2, at=NOON + timedelta(minutes=2), change="deleted")
+    world.say_session(2, at=NOON + timedelta(minutes=1), title="back from the dead")
+    world.write()
+    assert [s["title"] for s in json.loads(world.file("open-event.json"))["sessions"]] == ["new"]
+
+
+def test_a_deleted_event_takes_its_files_and_its_parts_with_it(world: World) -> None:
+    world.say_session(1)
+    world.write()
+    world.say("event.modified", change="deleted", event=EVENT, tracks=TRACKS)
+    world.write()
+    assert not (world.folder / "event-1").exists()
+    with world.engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(model.Part)) == 1
+
+
+def test_a_burst_of_messages_costs_one_writing(world: World) -> None:
+    for id in range(1, 20):
+        world.say_session(id)
+    assert write_one(world.engine, world.folder, NOON)
+    assert not write_one(world.engine, world.folder, NOON)
+
+
+def test_a_message_during_the_writing_is_written_by_the_next(world: World) -> None:
+    with world.engine.begin() as connection:
+        behind = model.next_behind(connection)
+    assert behind is not None
+    world.say_session(1)
+    with world.engine.begin() as connection:
+        model.written(connection, *behind)
+    assert write_one(world.engine, world.folder, NOON)
+    assert b"Talk 1" in world.file("schedule.ics")
+
+
+def test_a_failed_replacement_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a.txt"
+    replace(target, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk"):
+        replace(target, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, ""),
+        ("  plain \r\n", "plain"),
+        ("a <b>bold</b> move<br>next", "a bold move\nnext"),
+        ("5 < 6 & 7", "5 < 6 & 7"),
+        ("&lt;tag&gt;\x00\x1f", "<tag>"),
+        ("\ufeffx\u200b", "\ufeffx\u200b"),
+    ],
+)
+def test_texts_lose_their_markup_and_what_xml_cannot_hold(given: str | None, expected: str) -> None:
+    assert plain(given) == expected
