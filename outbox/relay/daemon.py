@@ -1,0 +1,419 @@
+"""The life of a relay: start before its servers are up, work, survive their loss, stop without leaving anything in doubt."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from outbox import database, failpoints, migrations
+from outbox.backoff import Backoff
+from outbox.http import Health, Server
+from outbox.logs import say
+from outbox.relay import open_broker, telemetry
+from outbox.relay.pump import Limits, Pump
+from outbox.relay.shards import Shards
+from outbox.relay.verdict import Policy
+from outbox.store import drain, leases
+from outbox.tables import SHARDS, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+    from sqlalchemy.engine import Engine
+
+    from outbox.relay.broker import Broker
+    from outbox.settings import Settings
+
+log = logging.getLogger(__name__)
+
+OK, TRY_LATER = 0, 75
+#: The longest a turn waits for answers: heartbeats and signals are looked at this often.
+_TURN_SECONDS = 0.25
+_HEARTBEAT_SECONDS = 1.0
+#: A census looks at every pending row: at most this often, and at most about a fiftieth of the time.
+_CENSUS_SECONDS, _CENSUS_SPACING = 5.0, 50.0
+_FORGET_SECONDS = 3600.0
+#: A loop that has not turned for this long, though no database made it wait, hangs.
+_LIVE_SECONDS = 30.0
+_STOP_BROKER_SECONDS = 2.0
+
+
+class Mode(Enum):
+    """When the relay ends by itself."""
+
+    RUN = auto()
+    ONCE = auto()
+    DRAIN = auto()
+
+
+def run(settings: Settings, *, once: bool = False, drain: bool = False) -> int:
+    """Publish what is committed until SIGTERM or SIGINT (or as *once* and *drain* say) and return the exit code.
+
+    Raises ConfigurationError for settings that can't be used and SchemaError for tables that don't fit this code.
+    """
+    settings.require("DATABASE_URL", "BROKER_URL")
+    mode = Mode.DRAIN if drain else Mode.ONCE if once else Mode.RUN
+    engine = open_database(settings.database_url or "")
+    try:
+        relay = Relay(settings, engine, open_broker(settings), mode)
+        with _signals(relay.stop):
+            return relay.run()
+    finally:
+        engine.dispose()
+
+
+def open_database(url: str) -> Engine:
+    """Return the relay's engine: few connections, kept open, which notice a server that vanished."""
+    if not url.startswith("postgresql"):
+        return database.create_engine(url)
+    arguments: dict[str, object] = {"application_name": "outbox relay", "connect_timeout": 5, "tcp_user_timeout": 15_000}
+    if "psycopg2" not in url:
+        # No prepared statements: a generic plan would not see how many ids a read leaves out, and poolers lose them.
+        arguments["prepare_threshold"] = None
+    # No ping before each use: the relay retries everything, and a ping would double the round trips.
+    return database.create_engine(url, connect_args=arguments, isolation_level="READ COMMITTED", pool_pre_ping=False)
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Let the first SIGTERM or SIGINT call *stop* and the second end the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def received(number: int, _frame: FrameType | None) -> None:
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+        stop()
+
+    before = {number: signal.signal(number, received) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Relay:
+    """One relay process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        broker: Broker,
+        mode: Mode = Mode.RUN,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._broker = broker
+        self._mode = mode
+        self._clock = clock
+        self.id = f"{socket.gethostname()[:40]}:{os.getpid()}:{secrets.token_hex(3)}"
+        self.shards = Shards(engine, self.id, settings.lease_seconds)
+        self.pump = Pump(
+            engine,
+            broker,
+            self.shards,
+            Policy(
+                exchange=settings.exchange,
+                max_attempts=settings.max_attempts,
+                backoff=Backoff(settings.backoff_base_seconds, settings.backoff_max_seconds),
+            ),
+            Limits(batch_rows=settings.batch_size, window=settings.window, poll_seconds=settings.poll_seconds),
+            relay_id=self.id,
+            clock=clock,
+        )
+        self._database = _Database(clock)
+        self._announcer = telemetry.Announcer(log)
+        self._stopping = False
+        self._state = "starting"
+        self._beat_at = self._census_at = self._forget_at = 0.0
+        self._turned_at = self._progress_at = clock()
+        self._passes = 0
+
+    def stop(self) -> None:
+        """Ask it to end, in order; safe in a signal handler and from any thread."""
+        self._stopping = True
+
+    # --- from start to end ---
+
+    def run(self) -> int:
+        """Work until told to stop, or until the mode is satisfied; return the exit code."""
+        address = self._settings.http_address
+        server = Server(address, live=self._live, ready=self._ready) if address else None
+        if server:
+            server.start()
+        self._broker.start()
+        try:
+            if not self._await_schema():
+                return OK if self._stopping else TRY_LATER
+            say(log, logging.INFO, "relay.started", f"relay {self.id} publishes to exchange {self._settings.exchange!r}")
+            code = self._work()
+            self._finish()
+            return code
+        finally:
+            self._broker.stop(_STOP_BROKER_SECONDS)
+            if server:
+                server.stop()
+
+    def _await_schema(self) -> bool:
+        """Wait for the database; False when stopped or out of patience meanwhile. Raises SchemaError."""
+        while not self._stopping:
+            now = self._clock()
+            if self._database.may_try(now):
+                with self._database.attempt():
+                    if (self._settings.broker_url or "").startswith("embedded:"):
+                        migrations.upgrade(self._engine)
+                    migrations.check(self._engine)
+                    self._progress_at = self._clock()
+                    return True
+            self._turned_at = now
+            if self._out_of_patience(now):
+                self._say_remaining(f"the database does not answer: {self._database.problem}")
+                return False
+            self._broker.answers(_TURN_SECONDS)
+        return False
+
+    def _work(self) -> int:
+        while not self._stopping:
+            self.turn()
+            if self._mode is not Mode.RUN and (code := self._satisfied()) is not None:
+                return code
+        return OK
+
+    def turn(self) -> None:
+        """Collect, settle, read, send, and keep the leases: once round."""
+        if self.pump.collect(self._wait_seconds()):
+            self._progress_at = self._clock()
+        self.pump.send()
+        now = self._turned_at = self._clock()
+        if self._database.may_try(now):
+            with self._database.attempt():
+                self._use_database(now)
+        self.pump.send()
+
+    def _wait_seconds(self) -> float:
+        now = self._clock()
+        due = [now + _TURN_SECONDS]
+        if self._database.may_try(now):
+            due += [
+                at for at in (self.pump.settle_due_at, self.pump.read_due_at if self._may_read() else None) if at is not None
+            ]
+        return max(0.0, min(due) - now)
+
+    def _may_read(self) -> bool:
+        return self.shards.valid() and not (self._mode is Mode.ONCE and self._passes)
+
+    def _use_database(self, now: float) -> None:
+        self._keep_shards()
+        settle_at = self.pump.settle_due_at
+        if settle_at is not None and settle_at <= now:
+            self.pump.settle()
+            self._progress_at = self._clock()
+        read_at = self.pump.read_due_at
+        if read_at is not None and read_at <= now and self._may_read():
+            self.pump.read()
+            self._passes += 1
+        self._report(now)
+
+    def _keep_shards(self) -> None:
+        if not self.shards.keep():
+            if self.shards.holder is not None:
+                self._announcer.state(
+                    "shards",
+                    "waiting",
+                    logging.INFO,
+                    f"relay {self.shards.holder.relay} has the shards; this one takes over when it ends or its lease runs out",
+                )
+            return
+        if self.shards.owned:
+            self._state = "running"
+            self._announcer.state("shards", "taken", logging.INFO, f"works on all {SHARDS} shards")
+            self.pump.wake()
+        else:
+            self._state = "idle"
+            telemetry.LEASES_LOST.inc()
+            self._announcer.state(
+                "shards", "lost", logging.WARNING, "another relay has taken the shards; what is in flight ends"
+            )
+            self.pump.abandon()
+        telemetry.SHARDS_OWNED.set(len(self.shards.epochs))
+
+    def _report(self, now: float) -> None:
+        if now >= self._beat_at:
+            self._beat_at = now + _HEARTBEAT_SECONDS
+            broker = self._broker.state()
+            telemetry.show_broker(broker)
+            with self._engine.begin() as connection:
+                state = "idle" if self.shards.holder else self._state
+                leases.beat(
+                    connection, self.id, state, connected=broker.connected, blocked=broker.blocked, detail=broker.detail
+                )
+                if now >= self._forget_at:
+                    self._forget_at = now + _FORGET_SECONDS
+                    leases.forget_old(connection)
+        if now >= self._census_at and self._mode is Mode.RUN:
+            with self._engine.connect() as connection:
+                telemetry.show(drain.census(connection))
+            ended = self._clock()
+            self._census_at = ended + max(_CENSUS_SECONDS, (ended - now) * _CENSUS_SPACING)
+
+    # --- ending ---
+
+    def _finish(self) -> None:
+        """Wait for what is in flight, settle it, give the shards back: within `OUTBOX_SHUTDOWN_TIMEOUT`."""
+        failpoints.reached("R7")
+        self._state = "draining"
+        deadline = self._clock() + self._settings.shutdown_timeout_seconds
+        while self.pump.lanes.flying and self._clock() < deadline:
+            self.pump.collect(min(_TURN_SECONDS, deadline - self._clock()))
+            self._turned_at = now = self._clock()
+            if self._database.may_try(now):
+                with self._database.attempt():
+                    self._keep_shards()
+                    self.pump.settle()
+        while not self._database.within(self._leave) and self._clock() < deadline:
+            self._broker.answers(_TURN_SECONDS)
+        unanswered, unsettled = self.pump.lanes.flying, self.pump.unsettled
+        level = logging.WARNING if unanswered or unsettled else logging.INFO
+        rest = f"; {unanswered} unanswered and {unsettled} unsettled messages go out again" if level == logging.WARNING else ""
+        say(log, level, "relay.stopped", f"relay {self.id} has stopped{rest}")
+
+    def _leave(self) -> None:
+        self.pump.settle()
+        self.shards.release()
+        with self._engine.begin() as connection:
+            leases.depart(connection, self.id)
+
+    # --- one pass, and drain ---
+
+    def _satisfied(self) -> int | None:
+        """Return the exit code when the mode is, or can't be, satisfied; None to go on."""
+        now = self._clock()
+        if self.pump.lanes.idle:
+            if self._mode is Mode.ONCE and self._passes:
+                return OK
+            if self._mode is Mode.DRAIN and self.pump.exhausted:
+                return self._remaining()
+        if self._out_of_patience(now):
+            self._say_remaining(self._obstacle())
+            return TRY_LATER
+        return None
+
+    def _out_of_patience(self, now: float) -> bool:
+        limit = 5.0 + max(self._settings.lease_seconds, self._settings.confirm_timeout_seconds)
+        return self._mode is not Mode.RUN and now - self._progress_at > limit
+
+    def _obstacle(self) -> str:
+        broker = self._broker.state()
+        if self._database.problem:
+            return f"the database does not answer: {self._database.problem}"
+        if self.shards.holder is not None:
+            return f"relay {self.shards.holder.relay} has the shards and goes on renewing its leases"
+        if not broker.connected or broker.blocked:
+            return f"the broker takes nothing: {broker.detail}"
+        return "the broker has not answered"
+
+    def _remaining(self) -> int | None:
+        """Return the exit code of a drain that has sent what it could."""
+        census: list[drain.Census] = []
+
+        def count() -> None:
+            with self._engine.connect() as connection:
+                census.append(drain.census(connection))
+
+        if not self._database.within(count):
+            return None
+        waiting = {state: n for state, n in census[0].by_state.items() if state != State.DISCARDED and n}
+        if not waiting:
+            return OK
+        self._say_remaining(", ".join(f"{number} {state}" for state, number in sorted(waiting.items())) + ": outbox status")
+        return TRY_LATER
+
+    def _say_remaining(self, what: str) -> None:
+        say(log, logging.WARNING, "relay.remaining", f"not everything could be sent now: {what}")
+
+    # --- probes ---
+
+    def _live(self) -> Health:
+        silent = self._clock() - self._turned_at
+        return Health(silent < _LIVE_SECONDS or self._database.in_use, {"turned_seconds_ago": round(silent, 3)})
+
+    def _ready(self) -> Health:
+        broker = self._broker.state()
+        role = "working" if self.shards.owned else "standby" if self.shards.holder else "starting"
+        ok = broker.connected and not self._database.problem and role != "starting"
+        detail = {"role": role, "database": self._database.problem or "ok", "broker": broker.detail or "ok"}
+        return Health(ok, detail)
+
+
+class _Database:
+    """Whether the database answers; says so when that changes, and paces new attempts."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._announcer = telemetry.Announcer(log)
+        self._announcer.first("database", "answers")
+        self._backoff = Backoff(0.2, 5.0)
+        self._failures = 0
+        self._retry_at = 0.0
+        self.problem = ""
+        self.in_use = False
+
+    def may_try(self, now: float) -> bool:
+        return now >= self._retry_at
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Run a block that uses the database; its failures end the block and are kept here."""
+        self.in_use = True
+        try:
+            yield
+        except Exception as error:
+            if not drain.is_trouble(error):
+                raise
+            self._failed(drain.describe(error))
+        else:
+            self._worked()
+        finally:
+            self.in_use = False
+
+    def within(self, use: Callable[[], None]) -> bool:
+        """Call *use*; False when the database failed, or failed a moment ago."""
+        if not self.may_try(self._clock()):
+            return False
+        with self.attempt():
+            use()
+            return True
+        return False
+
+    def _failed(self, problem: str) -> None:
+        self._failures += 1
+        self._retry_at = self._clock() + self._backoff.ceiling(self._failures)
+        self.problem = problem
+        self._announcer.state(
+            "database",
+            "lost",
+            logging.WARNING,
+            "the database does not answer; what was confirmed is kept and settled later",
+            problem=problem,
+        )
+
+    def _worked(self) -> None:
+        if self.problem:
+            self._announcer.state("database", "answers", logging.INFO, "the database answers again")
+        self._failures, self.problem, self._retry_at = 0, "", 0.0

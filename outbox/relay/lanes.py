@@ -1,0 +1,399 @@
+"""What may be sent next: in order within a key, one at a time per key, as much at once as the window allows. Pure, no I/O.
+
+```text
+ load ──► waiting in the lane of its key ──► ready ──► flying ──► done / held ──► settled ──► forgotten
+             (without a key: ready at once)    ▲          │
+                                               └── lost ──┘
+```
+
+A row that was answered is remembered until a read that began after the commit of its settling has returned: an earlier
+read may still show the row as it was. A key whose message was not delivered stays blocked for as long; then the hold in the
+database takes over.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping
+
+    from outbox.relay.broker import Outgoing
+    from outbox.store.drain import Row
+
+
+class Place(Enum):
+    """Where a loaded row is."""
+
+    WAITING = auto()
+    READY = auto()
+    FLYING = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A row with its message, in memory."""
+
+    row: Row
+    #: None where the stored message can't be one; *problem* says why.
+    outgoing: Outgoing | None
+    #: Bytes of the message, about.
+    size: int
+    #: The epoch of the row's shard when it was read.
+    epoch: int
+    place: Place = Place.WAITING
+    #: A query made after the row was read found no earlier message of its key.
+    proven: bool = False
+    problem: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """The loaded rows of one key, lowest sequence first."""
+
+    waiting: list[Item] = field(default_factory=list)
+    flying: Item | None = None
+    #: Undelivered messages whose hold is not yet in the database, as far as reads have shown.
+    blocks: int = 0
+
+
+#: How many keys' last delivered sequences are remembered; beyond it a query answers.
+_MARKS = 10_000
+
+
+class Lanes:
+    """Everything the relay has in memory between reading a row and being sure that it is gone."""
+
+    def __init__(self, *, window: int, window_bytes: int, rows_per_key: int = 100) -> None:
+        self._window = window
+        self._window_bytes = window_bytes
+        self._rows_per_key = rows_per_key
+        self._items: dict[int, Item] = {}
+        self._lanes: dict[str, _Lane] = {}
+        self._ready: list[int] = []
+        #: Answered, id → the key it blocks or None; first until its settling is committed, then until a read has shown it.
+        self._unsettled: dict[int, str | None] = {}
+        self._settled: dict[int, str | None] = {}
+        self._delivered: OrderedDict[str, int] = OrderedDict()
+        self._unproven: dict[str, None] = {}
+        #: Keys of which reads leave out the rest → the highest id loaded of each.
+        self._saturated: dict[str, int] = {}
+        self._revisit: int | None = None
+        self._flying = 0
+        self._flying_bytes = 0
+        self._bytes = 0
+
+    # --- sizes ---
+
+    @property
+    def loaded(self) -> int:
+        """Rows in memory that are not answered yet."""
+        return len(self._items)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of those rows' messages."""
+        return self._bytes
+
+    @property
+    def flying(self) -> int:
+        """Messages sent and not answered yet."""
+        return self._flying
+
+    @property
+    def ready(self) -> bool:
+        """Whether something could be sent, were there room."""
+        return bool(self._ready)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is loaded, sent or waiting to be settled."""
+        return not self._items and not self._unsettled
+
+    def __contains__(self, id_: int) -> bool:
+        return id_ in self._items or id_ in self._unsettled or id_ in self._settled
+
+    def known(self, after: int = 0) -> list[int]:
+        """Return the ids above *after* that a read must leave out."""
+        return [id_ for place in (self._items, self._unsettled, self._settled) for id_ in place if id_ > after]
+
+    def saturated(self) -> Collection[str]:
+        """Return the keys of which a read must leave out the rest: enough is loaded."""
+        return self._saturated.keys()
+
+    def take_revisit(self) -> int | None:
+        """Return, once, the id above which rows were passed over that may be loaded now."""
+        revisit, self._revisit = self._revisit, None
+        return revisit
+
+    # --- reading ---
+
+    def read_began(self) -> Collection[int]:
+        """Return what `read_returned` needs when this read has returned; call it before the read is sent."""
+        return list(self._settled)
+
+    def read_returned(self, began: Iterable[int]) -> None:
+        """Forget what was settled before that read began: no later read can show it as it was. Call it before `choose`."""
+        for id_ in began:
+            if id_ not in self._settled:
+                continue
+            key = self._settled.pop(id_)
+            if key is not None and (lane := self._lanes.get(key)) is not None:
+                lane.blocks -= 1
+                self._advance(key, lane)
+
+    def choose(self, rows: Iterable[Row]) -> list[Row]:
+        """Return those of *rows* (in order of their ids) that should be loaded now."""
+        chosen: list[Row] = []
+        counts: dict[str, int] = {}
+        for row in rows:
+            if row.id in self:
+                continue
+            if row.key is not None:
+                lane = self._lanes.get(row.key)
+                if lane is not None and lane.blocks:
+                    continue
+                count = counts.get(row.key, len(lane.waiting) if lane is not None else 0)
+                if count >= self._rows_per_key:
+                    self._saturated.setdefault(row.key, row.id - 1)
+                    continue
+                counts[row.key] = count + 1
+            chosen.append(row)
+        return chosen
+
+    def load(self, items: Iterable[Item]) -> None:
+        """Take *items* in; those of `choose`, now with their messages."""
+        touched: dict[str, _Lane] = {}
+        for item in items:
+            row = item.row
+            if row.id in self:
+                continue
+            self._items[row.id] = item
+            self._bytes += item.size
+            if row.key is None:
+                self._make_ready(item)
+                continue
+            lane = self._lanes.get(row.key)
+            if lane is None:
+                lane = self._lanes[row.key] = _Lane()
+            if lane.waiting and _order(item) < _order(lane.waiting[0]):
+                lane.waiting[0].place = Place.WAITING  # it was ready; an earlier one has come
+            insort(lane.waiting, item, key=_order)
+            touched[row.key] = lane
+        for key, lane in touched.items():
+            if len(lane.waiting) >= self._rows_per_key:
+                self._saturated.setdefault(key, max(item.row.id for item in lane.waiting))
+            self._advance(key, lane)
+        for key in list(self._saturated):
+            self._refill(key)
+
+    def unproven(self) -> list[int]:
+        """Return the ids that could be next of their keys, if no earlier message of the key is still to be delivered."""
+        return [self._lanes[key].waiting[0].row.id for key in self._unproven]
+
+    def prove(self, asked: Iterable[int], waits: Mapping[int, bool]) -> bool:
+        """Take in the answer of a query made after the last `load`: id → an earlier message of its key is still there.
+
+        Rows that must wait, or are gone, are unloaded with their followers; returns True if there were any: a read from the
+        start finds them again, in order.
+        """
+        unloaded = False
+        for id_ in asked:
+            item = self._items.get(id_)
+            if item is None or item.row.key is None or item.place is not Place.WAITING:
+                continue
+            lane = self._lanes[item.row.key]
+            if waits.get(id_, True):
+                self._drop_waiting(lane)
+                unloaded = True
+            else:
+                item.proven = True
+            self._advance(item.row.key, lane)
+        return unloaded
+
+    def unload(self, unwanted: Callable[[Row], bool]) -> None:
+        """Drop the rows *unwanted* that are not in flight, and what follows them in their lanes."""
+        for id_ in [id_ for id_, item in self._items.items() if item.row.key is None and item.place is not Place.FLYING]:
+            if unwanted(self._items[id_].row):
+                self._drop(self._items[id_])
+        for key, lane in list(self._lanes.items()):
+            first = next((n for n, item in enumerate(lane.waiting) if unwanted(item.row)), None)
+            if first is not None:
+                self._drop_waiting(lane, first)
+                self._advance(key, lane)
+
+    # --- sending ---
+
+    def take(self, allow: Callable[[Item], bool], limit: int | None = None) -> list[Item]:
+        """Return the messages to send now, in order, for which *allow* says yes; they are in flight from here on.
+
+        At most *limit* (the window, if None) are in flight afterwards, and no more bytes than the window has, save for one
+        message that alone is larger.
+        """
+        window = self._window if limit is None else min(limit, self._window)
+        taken: list[Item] = []
+        refused: list[int] = []
+        while self._ready and self._flying < window:
+            item = self._items.get(self._ready[0])
+            if item is None or item.place is not Place.READY:
+                heapq.heappop(self._ready)
+                continue
+            if self._flying and self._flying_bytes + item.size > self._window_bytes:
+                break
+            heapq.heappop(self._ready)
+            if not allow(item):
+                refused.append(item.row.id)
+                continue
+            self._start(item)
+            taken.append(item)
+        for id_ in refused:
+            heapq.heappush(self._ready, id_)
+        return taken
+
+    def candidates(self) -> list[Item]:
+        """Return what is ready, lowest id first."""
+        found = {id_: self._items[id_] for id_ in sorted(self._ready) if id_ in self._items}
+        return [item for item in found.values() if item.place is Place.READY]
+
+    def _start(self, item: Item) -> None:
+        item.place = Place.FLYING
+        self._flying += 1
+        self._flying_bytes += item.size
+        if item.row.key is not None:
+            lane = self._lanes[item.row.key]
+            lane.waiting.remove(item)
+            lane.flying = item
+
+    # --- answers ---
+
+    def flying_item(self, id_: int) -> Item | None:
+        """Return the message in flight of that id, if there is one."""
+        item = self._items.get(id_)
+        return item if item is not None and item.place is Place.FLYING else None
+
+    def done(self, item: Item) -> None:
+        """It was delivered: the next of its key may start; its id is remembered until `settled` and a read after it."""
+        self._land(item, None)
+        key, sequence = item.row.key, item.row.sequence
+        if key is None or sequence is None:
+            return
+        self._delivered[key] = sequence
+        self._delivered.move_to_end(key)
+        if len(self._delivered) > _MARKS:
+            self._delivered.popitem(last=False)
+        self._advance(key, self._lanes[key])
+
+    def hold(self, item: Item) -> None:
+        """It was not delivered: what is loaded of its key is dropped and nothing more is loaded until the hold is seen."""
+        key = item.row.key
+        self._land(item, key)
+        if key is None:
+            return
+        lane = self._lanes[key]
+        lane.blocks += 1
+        self._drop_waiting(lane)
+        self._advance(key, lane)
+
+    def again(self, item: Item) -> None:
+        """Nobody knows: it is ready again, before everything else of its key."""
+        self._flying -= 1
+        self._flying_bytes -= item.size
+        if item.row.key is None:
+            self._make_ready(item)
+            return
+        lane = self._lanes[item.row.key]
+        lane.flying = None
+        item.place = Place.WAITING
+        item.proven = True
+        if lane.waiting:
+            lane.waiting[0].place = Place.WAITING
+        insort(lane.waiting, item, key=_order)
+        self._advance(item.row.key, lane)
+
+    def settled(self, ids: Iterable[int]) -> None:
+        """The transaction that settled *ids* was committed."""
+        for id_ in ids:
+            if id_ in self._unsettled:
+                self._settled[id_] = self._unsettled.pop(id_)
+
+    def abandon(self) -> None:
+        """The shards are another relay's: keep only what is in flight or answered, and believe nothing about keys."""
+        self.unload(lambda _row: True)
+        self._delivered.clear()
+        self._saturated.clear()
+        self._revisit = None
+
+    def forget(self, item: Item) -> None:
+        """It was in flight when the shards were lost, and nobody knows: whoever owns them reads it again."""
+        self._flying -= 1
+        self._flying_bytes -= item.size
+        self._items.pop(item.row.id)
+        self._bytes -= item.size
+        if item.row.key is not None:
+            lane = self._lanes[item.row.key]
+            lane.flying = None
+            self._drop_waiting(lane)
+            self._advance(item.row.key, lane)
+
+    # --- within ---
+
+    def _make_ready(self, item: Item) -> None:
+        item.place = Place.READY
+        heapq.heappush(self._ready, item.row.id)
+
+    def _land(self, item: Item, blocks: str | None) -> None:
+        self._flying -= 1
+        self._flying_bytes -= item.size
+        self._bytes -= item.size
+        del self._items[item.row.id]
+        self._unsettled[item.row.id] = blocks
+        if item.row.key is not None:
+            self._lanes[item.row.key].flying = None
+
+    def _drop(self, item: Item) -> None:
+        del self._items[item.row.id]
+        self._bytes -= item.size
+
+    def _drop_waiting(self, lane: _Lane, first: int = 0) -> None:
+        for item in lane.waiting[first:]:
+            item.place = Place.WAITING
+            self._drop(item)
+        del lane.waiting[first:]
+
+    def _advance(self, key: str, lane: _Lane) -> None:
+        """See whether the first of the lane may go, or must be asked about; drop a lane that says nothing any more."""
+        self._unproven.pop(key, None)
+        if lane.flying is None and not lane.blocks and lane.waiting:
+            head = lane.waiting[0]
+            if head.place is Place.WAITING:
+                if self._is_next(head):
+                    self._make_ready(head)
+                else:
+                    self._unproven[key] = None
+        if key in self._saturated:
+            self._refill(key)
+        if lane.flying is None and not lane.blocks and not lane.waiting:
+            del self._lanes[key]
+
+    def _is_next(self, item: Item) -> bool:
+        sequence, key = item.row.sequence, item.row.key
+        if item.proven or key is None or sequence is None:
+            return True
+        return sequence == 1 or self._delivered.get(key) == sequence - 1
+
+    def _refill(self, key: str) -> None:
+        lane = self._lanes.get(key)
+        if lane is None or len(lane.waiting) <= self._rows_per_key // 2:
+            self._look_again(self._saturated.pop(key))
+
+    def _look_again(self, after: int) -> None:
+        self._revisit = after if self._revisit is None else min(self._revisit, after)
+
+
+def _order(item: Item) -> tuple[int, int]:
+    return (item.row.sequence or 0, item.row.id)

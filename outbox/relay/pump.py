@@ -1,0 +1,319 @@
+"""One turn of the relay: collect answers, settle them, read, send. The broker's thread publishes while this one reads.
+
+No transaction is open while the broker works. What was answered is kept here until a transaction that settled it has
+committed, however long the database is away; a message known to be confirmed is never sent again by this process.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from outbox import failpoints
+from outbox.message import Message
+from outbox.relay import telemetry, verdict
+from outbox.relay.broker import NOT_SENT, PRECONDITION, Answer, Outcome, Outgoing
+from outbox.relay.caution import Caution
+from outbox.relay.lanes import Item, Lanes
+from outbox.relay.position import Position
+from outbox.relay.topics import Topics
+from outbox.store import drain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy.engine import Engine
+
+    from outbox.relay.broker import Broker
+    from outbox.relay.shards import Shards
+    from outbox.relay.verdict import Policy
+    from outbox.store.drain import Row
+
+#: What a message takes in memory and on the wire besides its body, about.
+_ENVELOPE_BYTES = 600
+#: Bytes in flight, bytes of one read, and bytes loaded above which nothing more is read.
+_WINDOW_BYTES, _READ_BYTES, _LOADED_BYTES = 32 << 20, 8 << 20, 64 << 20
+#: Answers wait this long for company before they are settled; alone they would cost a commit each.
+_SETTLE_SECONDS = 0.01
+#: While messages flow, and for this long after a wake-up that brought nothing, reads come this close together.
+_WOKEN_READ_SECONDS, _FLOWING_READ_SECONDS = 0.0015, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much at once, and how often."""
+
+    batch_rows: int = 500
+    window: int = 2000
+    poll_seconds: float = 0.5
+    #: How long a wake-up keeps the relay reading: twice what writers wait between two notifications.
+    woken_seconds: float = 0.02
+
+
+class Pump:
+    """Moves messages from the tables to the broker."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        broker: Broker,
+        shards: Shards,
+        policy: Policy,
+        limits: Limits,
+        *,
+        relay_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._engine = engine
+        self._reading = reading_engine(engine)
+        self._broker = broker
+        self._shards = shards
+        self._policy = policy
+        self._limits = limits
+        self._relay_id = relay_id
+        self._clock = clock
+        self._rng = rng or random.Random()  # noqa: S311
+        self.lanes = Lanes(window=limits.window, window_bytes=_WINDOW_BYTES)
+        self._position = Position()
+        self._caution = Caution()
+        self._topics = Topics(unheard_seconds=policy.unheard_seconds)
+        self._confirmed: list[drain.Confirmed] = []
+        self._changes: list[drain.Change] = []
+        self._answered_at = 0.0
+        self._own_answers: list[Answer] = []
+        self._suspects_fly = False
+        self._read_at = 0.0
+        self._woken_until = 0.0
+        self._flowing_until = 0.0
+        #: Whether the last read from the start found nothing that is not in memory.
+        self.exhausted = False
+
+    # --- answers ---
+
+    def collect(self, timeout: float) -> int:
+        """Wait at most *timeout* seconds for answers, and decide what they mean; return how many came."""
+        answers = self._broker.answers(0.0 if self._own_answers else timeout)
+        if self._own_answers:
+            answers = [*self._own_answers, *answers]
+            self._own_answers = []
+        if answers:
+            self._take_in(answers)
+        return len(answers)
+
+    def _take_in(self, answers: Sequence[Answer]) -> None:
+        now, wall = self._clock(), datetime.now(UTC)
+        were_flying = self.lanes.flying
+        lost: list[tuple[Item, Answer]] = []
+        published: Counter[str] = Counter()
+        for answer in answers:
+            item = self.lanes.flying_item(answer.token)
+            if item is None:
+                continue
+            if answer.outcome is Outcome.LOST:
+                lost.append((item, answer))
+                continue
+            self._caution.passed(answer.token)
+            if answer.outcome is Outcome.CONFIRMED:
+                failpoints.reached("R3")
+                published[item.row.topic] += 1
+                telemetry.CONFIRM.observe(answer.seconds)
+            self._apply(item, answer, now, wall)
+        for topic, count in published.items():
+            telemetry.PUBLISHED.labels(topic).inc(count)
+        if lost:
+            self._take_losses(lost, were_flying, now, wall)
+        if self.lanes.flying == 0:
+            self._suspects_fly = False
+        elif published:
+            failpoints.reached("R4")
+
+    def _apply(self, item: Item, answer: Answer, now: float, wall: datetime) -> None:
+        row = item.row
+        if answer.outcome is not Outcome.CONFIRMED:
+            telemetry.FAILURES.labels(telemetry.reason(answer.outcome, answer.detail)).inc()
+        decided = verdict.of(row, answer, self._policy, self._rng)
+        if isinstance(decided, verdict.Done) and item.outgoing is not None:
+            message = item.outgoing.message
+            age = max(0.0, (wall - message.created_at).total_seconds())
+            telemetry.DELIVERY.observe(age)
+            self._confirmed.append(drain.Confirmed(row.id, row.message_row, message.id, age, answer.seconds))
+            self.lanes.done(item)
+        elif isinstance(decided, verdict.Hold):
+            self._changes.append(
+                drain.Change(
+                    row.id, row.shard, item.epoch, decided.state, decided.attempts, decided.wait_seconds, decided.error
+                )
+            )
+            self.lanes.hold(item)
+        self._answered_at = self._answered_at or now
+        if self._topics.answered(row, answer.outcome, now):
+            self.lanes.unload(self._topics.stopped)
+            self._position.want_full()
+
+    def _take_losses(self, lost: list[tuple[Item, Answer]], were_flying: int, now: float, wall: datetime) -> None:
+        sent = [item.row.id for item, answer in lost if not answer.detail.startswith(NOT_SENT)]
+        blamed = any(answer.detail.startswith(PRECONDITION) for _, answer in lost)
+        culprits = self._caution.lost(sent, were_flying=were_flying, blamed=blamed)
+        for item, answer in lost:
+            telemetry.FAILURES.labels(telemetry.reason(answer.outcome, answer.detail)).inc()
+            if self._shards.epochs.get(item.row.shard) != item.epoch:
+                self.lanes.forget(item)
+            elif item.row.id in culprits:
+                detail = f"the connection is lost whenever it is sent: {answer.detail}"
+                self._apply(item, Answer(answer.token, Outcome.REFUSED, detail), now, wall)
+            else:
+                self.lanes.again(item)
+
+    # --- settling ---
+
+    @property
+    def settle_due_at(self) -> float | None:
+        """When the answers at hand should be settled; None without any."""
+        if not self._confirmed and not self._changes:
+            return None
+        enough = len(self._confirmed) + len(self._changes) >= self._limits.batch_rows
+        return self._answered_at if enough or not self.lanes.flying else self._answered_at + _SETTLE_SECONDS
+
+    @property
+    def unsettled(self) -> int:
+        """How many answers are at hand."""
+        return len(self._confirmed) + len(self._changes)
+
+    def settle(self) -> None:
+        """Record all answers at hand in one transaction; on an error of the database they stay at hand."""
+        if not self._confirmed and not self._changes:
+            return
+        with self._engine.begin() as connection:
+            drain.settle(connection, self._relay_id, self._confirmed, self._changes)
+        failpoints.reached("R6")
+        self.lanes.settled([*(each.id for each in self._confirmed), *(each.id for each in self._changes)])
+        self._confirmed, self._changes = [], []
+        self._answered_at = 0.0
+        self.exhausted = False
+
+    # --- reading ---
+
+    def wake(self) -> None:
+        """A writer says there is something: read now, and closely for a while."""
+        now = self._clock()
+        self._read_at = now
+        self._woken_until = now + self._limits.woken_seconds
+
+    @property
+    def read_due_at(self) -> float | None:
+        """When the next read should begin; None while there is no room for more."""
+        return self._read_at if self._room() else None
+
+    def _room(self) -> int:
+        """Return how many rows may be read: no sliver of a batch, so that a busy relay reads whole ones."""
+        limits = self._limits
+        room = limits.window + limits.batch_rows - self.lanes.loaded
+        if self.lanes.loaded_bytes > _LOADED_BYTES or room < max(1, limits.batch_rows // 4):
+            return 0
+        return min(room, limits.batch_rows)
+
+    def read(self) -> int:
+        """Load what may be sent next; return how many rows were loaded."""
+        room, now = self._room(), self._clock()
+        if not room:
+            return 0
+        after = self._position.next(now, self.lanes.take_revisit())
+        closed, unheard = self._topics.closed(now, self.lanes.__contains__)
+        exclude = drain.Exclusions(self.lanes.known(after), self.lanes.saturated(), closed, unheard)
+        settled = self.lanes.read_began()
+        with self._reading.connect() as connection:
+            began = self._clock()
+            rows = drain.read(connection, after=after, limit=room, exclude=exclude)
+            ended = self._clock()
+            self.lanes.read_returned(settled)
+            self._position.returned(after, rows[-1].id if rows else None, began=began, ended=ended)
+            chosen = self.lanes.choose(rows)
+            if self._topics.troubled:
+                chosen = [row for row in chosen if self._topics.admit(row, now, self.lanes.__contains__)]
+            content = drain.messages(connection, [row.message_row for row in chosen], max_bytes=_READ_BYTES)
+            loaded = [self._item(row, content) for row in chosen if row.message_row not in content.postponed]
+            self.lanes.load(loaded)
+            asked = self.lanes.unproven()
+            if asked and self.lanes.prove(asked, drain.predecessors(connection, asked)):
+                self._position.want_full()
+        if content.postponed:
+            self._position.stop_before(min(row.id for row in chosen if row.message_row in content.postponed))
+        self.exhausted = after == 0 and not rows and self.lanes.idle
+        self._plan_next_read(ended, len(rows), more=len(rows) == room or bool(content.postponed))
+        failpoints.reached("R1")
+        return len(loaded)
+
+    def _item(self, row: Row, content: drain.Content) -> Item:
+        message = content.found.get(row.message_row)
+        epoch = self._shards.epochs[row.shard]
+        if isinstance(message, Message):
+            return Item(row, Outgoing(row.id, message), len(message.body) + _ENVELOPE_BYTES, epoch)
+        problem = str(message) if message is not None else f"its row {row.message_row} of outbox_message is gone"
+        return Item(row, None, _ENVELOPE_BYTES, epoch, problem=problem)
+
+    def _plan_next_read(self, now: float, found: int, *, more: bool) -> None:
+        if found:
+            self._flowing_until = now + 1.0
+            if now < self._woken_until:
+                self._woken_until = now + self._limits.woken_seconds
+        if more:
+            self._read_at = now
+        elif now < self._woken_until:
+            self._read_at = now + _WOKEN_READ_SECONDS
+        elif now < self._flowing_until:
+            self._read_at = now + min(_FLOWING_READ_SECONDS, self._limits.poll_seconds)
+        else:
+            self._read_at = now + self._limits.poll_seconds
+
+    def abandon(self) -> None:
+        """Another relay has the shards: drop what has not been sent."""
+        self.lanes.abandon()
+        self._position = Position()
+
+    # --- sending ---
+
+    def send(self) -> int:
+        """Hand the broker what may go now; return how many messages. Nothing without a lease, or a broker that takes it."""
+        if not self.lanes.ready:
+            return 0
+        state = self._broker.state()
+        if not state.connected or state.blocked or not self._shards.valid():
+            return 0
+        taken = self._take()
+        batch = [item.outgoing for item in taken if item.outgoing is not None]
+        self._own_answers += [Answer(item.row.id, Outcome.REFUSED, item.problem) for item in taken if item.outgoing is None]
+        if batch:
+            self._broker.send(batch)
+        return len(taken)
+
+    def _take(self) -> list[Item]:
+        caution = self._caution
+        if caution.alone:
+            if self.lanes.flying:
+                return []
+            first = caution.next_alone(item.row.id for item in self.lanes.candidates())
+            return self.lanes.take(lambda item: item.row.id == first, limit=1)
+        if caution.suspicious:
+            suspects = caution.suspects(item.row.id for item in self.lanes.candidates())
+            if self._suspects_fly or (suspects and self.lanes.flying):
+                return []
+            if suspects:
+                self._suspects_fly = True
+                return self.lanes.take(lambda item: item.row.id in suspects, limit=caution.group)
+        return self.lanes.take(_anything)
+
+
+def _anything(_item: Item) -> bool:
+    return True
+
+
+def reading_engine(engine: Engine) -> Engine:
+    """Return *engine* for reads alone: without a transaction, or on SQLite in one that does not lock out writers."""
+    if engine.dialect.name == "sqlite":
+        return engine.execution_options(outbox_read_only=True)
+    return engine.execution_options(isolation_level="AUTOCOMMIT")

@@ -1,0 +1,91 @@
+"""Which part of the key space is mine: leases on all shards, by the database's clock, until they run out or are given back.
+
+For now one relay works at a time: the first takes every shard, others wait. Leases are rows, not session locks: they pass
+connection poolers, and they free the shards of a relay that hangs.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from outbox.store import leases
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Engine
+
+#: A lease is renewed when this part of it has passed: two renewals may fail before it ends.
+_RENEW_AFTER = 1 / 3
+
+
+def boottime() -> float:
+    """Return seconds of a clock that also runs while the machine sleeps, where there is one."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
+class Shards:
+    """The shards of relay *relay_id*: taken, renewed, given back, lost."""
+
+    def __init__(self, engine: Engine, relay_id: str, lease_seconds: float, clock: Callable[[], float] = boottime) -> None:
+        self._engine = engine
+        self._relay_id = relay_id
+        self._lease_seconds = lease_seconds
+        self._clock = clock
+        self._ends_at = 0.0
+        self._look_at = 0.0
+        #: Shard → epoch; empty while another relay has them.
+        self.epochs: dict[int, int] = {}
+        #: Who has the shards while we don't.
+        self.holder: leases.Holder | None = None
+
+    @property
+    def owned(self) -> bool:
+        """Whether this relay took the shards and has not heard otherwise."""
+        return bool(self.epochs)
+
+    def valid(self) -> bool:
+        """Say whether it may publish: the lease, counted from before its renewal was sent, has not run out."""
+        return self.owned and self._clock() < self._ends_at
+
+    def keep(self) -> bool:
+        """Take or renew the shards if it is time to; returns True when they were just taken or just lost."""
+        asked_at = self._clock()
+        if asked_at < self._look_at:
+            return False
+        return self._renew(asked_at) if self.owned else self._take(asked_at)
+
+    def _take(self, asked_at: float) -> bool:
+        with self._engine.begin() as connection:
+            found = leases.take(connection, self._relay_id, self._lease_seconds)
+        if isinstance(found, leases.Holder):
+            self.holder = found
+            self._look_at = asked_at + min(1.0, found.remaining_seconds + 0.01)
+            return False
+        self.holder, self.epochs = None, found
+        self._extend(asked_at)
+        return True
+
+    def _renew(self, asked_at: float) -> bool:
+        with self._engine.begin() as connection:
+            mine = leases.renew(connection, self._relay_id, self._lease_seconds)
+        if mine:
+            self._extend(asked_at)
+            return False
+        self.epochs = {}
+        self._look_at = 0.0
+        return True
+
+    def _extend(self, asked_at: float) -> None:
+        self._ends_at = asked_at + self._lease_seconds
+        self._look_at = asked_at + self._lease_seconds * _RENEW_AFTER
+
+    def release(self) -> None:
+        """Give the shards back."""
+        if self.owned:
+            with self._engine.begin() as connection:
+                leases.release(connection, self._relay_id)
+            self.epochs = {}

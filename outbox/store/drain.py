@@ -1,0 +1,402 @@
+"""Every statement that takes messages out of the tables: read what may be sent, settle what was answered.
+
+Reading takes no lock and writes nothing: a relay reads the rows of shards it leases. Holds, rows not yet due and rows the
+relay already has in memory are excluded in the statement, before LIMIT, so that nothing that must wait can fill a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from outbox import failpoints
+from outbox.errors import InvalidMessage
+from outbox.message import Message
+from outbox.tables import HOLDING, State, Timestamp, message, pending, receipt, shard
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from uuid import UUID
+
+    from sqlalchemy.engine import Connection
+
+
+class Row(NamedTuple):
+    """A row of outbox_pending that may be sent."""
+
+    id: int
+    message_row: int
+    shard: int
+    topic: str
+    key: str | None
+    sequence: int | None
+    attempts: int
+    state: str
+    #: `hold`, or `drop`: nobody listening is fine.
+    unheard: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusions:
+    """What a read leaves out, because the relay has it in memory or must not send it now."""
+
+    ids: Collection[int] = ()
+    #: Keys of which enough rows are in memory.
+    keys: Collection[str] = ()
+    #: Topics that are asked with one message at a time, and whose turn it is not.
+    topics: Collection[str] = ()
+    #: Topics of which rows in the state `unroutable` are left out: nobody listened a moment ago.
+    unheard_topics: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """A message the broker has: its pending row goes, whoever owns the shard by now."""
+
+    id: int
+    message_row: int
+    message_id: UUID
+    age_seconds: float
+    flight_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What becomes of a row whose message was not delivered; void unless the relay still owns the shard in that epoch."""
+
+    id: int
+    shard: int
+    epoch: int
+    state: State
+    attempts: int
+    wait_seconds: float
+    error: str
+
+
+def _literal(state: State) -> sa.ColumnElement[str]:
+    # Written into the statement: a planner matches the partial index of holding rows only with constants.
+    return sa.literal_column(f"'{state}'", sa.String())
+
+
+def _among(column: sa.ColumnElement[Any], name: str, type_: Any, dialect: str) -> sa.ColumnElement[bool]:
+    """Return `column IN (the list bound to name)` with one parameter, however long the list."""
+    if dialect == "postgresql":
+        return column == sa.any_(sa.bindparam(name, type_=postgresql.ARRAY(type_)))
+    return column.in_(sa.select(sa.func.json_each(sa.bindparam(name, type_=sa.String())).table_valued("value").c.value))
+
+
+def _list(values: Collection[Any], dialect: str) -> Any:
+    return list(values) if dialect == "postgresql" else json.dumps(list(values))
+
+
+def now(dialect: str, offset: str | None = None) -> sa.ColumnElement[datetime]:
+    """Return the database's clock, plus the seconds bound to *offset*; `clock` gives the parameters that go with it."""
+    if dialect == "postgresql":
+        clock = sa.func.clock_timestamp(type_=Timestamp())
+        return (
+            clock if offset is None else clock + sa.func.make_interval(0, 0, 0, 0, 0, 0, sa.bindparam(offset, type_=sa.Float()))
+        )
+    # SQLite is a library: its clock is this host's.
+    return sa.bindparam("now" if offset is None else offset, type_=Timestamp())
+
+
+def clock(dialect: str, **offsets: float) -> dict[str, Any]:
+    """Return the parameters of `now`: the bare clock and each of *offsets* in seconds."""
+    if dialect == "postgresql":
+        return offsets
+    moment = datetime.now(UTC)
+    return {"now": moment, **{name: moment + timedelta(seconds=seconds) for name, seconds in offsets.items()}}
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _waiting(dialect: str) -> sa.Select[Any]:
+    row, hold = pending.alias("p"), pending.alias("h")
+    held = sa.exists(sa.literal(1)).where(
+        hold.c.key == row.c.key,
+        hold.c.sequence < row.c.sequence,
+        hold.c.state != _literal(State.PENDING),
+        _holds(hold, row),
+    )
+    due = sa.func.now(type_=Timestamp()) if dialect == "postgresql" else now(dialect)
+    return (
+        sa.select(*(row.c[name] for name in Row._fields))
+        .where(
+            row.c.id > sa.bindparam("after", type_=sa.BigInteger()),
+            row.c.state.in_([_literal(state) for state in (State.PENDING, State.RETRYING, State.UNROUTABLE)]),
+            row.c.available_at <= due,
+            sa.not_(_among(row.c.id, "ids", sa.BigInteger(), dialect)),
+            sa.or_(row.c.key.is_(None), sa.not_(_among(row.c.key, "keys", sa.Text(), dialect))),
+            sa.not_(_among(row.c.topic, "topics", sa.Text(), dialect)),
+            sa.or_(
+                row.c.state != _literal(State.UNROUTABLE),
+                sa.not_(_among(row.c.topic, "unheard_topics", sa.Text(), dialect)),
+            ),
+            ~held,
+        )
+        .order_by(row.c.id)
+        .limit(sa.bindparam("limit", type_=sa.Integer()))
+    )
+
+
+def _holds(earlier: sa.FromClause, later: sa.FromClause) -> sa.ColumnElement[bool]:
+    always = [_literal(state) for state in HOLDING if state is not State.UNROUTABLE]
+    return sa.or_(
+        earlier.c.state.in_(always),
+        # No queue is bound to that topic, so no queue could see the order with other topics.
+        sa.and_(earlier.c.state == _literal(State.UNROUTABLE), earlier.c.topic == later.c.topic),
+    )
+
+
+def read(connection: Connection, *, after: int, limit: int, exclude: Exclusions) -> list[Row]:
+    """Return up to *limit* rows that may be sent now, with ids above *after*, in the order of their ids."""
+    dialect = connection.dialect.name
+    found = connection.execute(
+        _waiting(dialect),
+        {
+            "after": after,
+            "limit": limit,
+            "ids": _list(exclude.ids, dialect),
+            "keys": _list(exclude.keys, dialect),
+            "topics": _list(exclude.topics, dialect),
+            "unheard_topics": _list(exclude.unheard_topics, dialect),
+            **({} if dialect == "postgresql" else clock(dialect)),
+        },
+    )
+    return [Row(*values) for values in found]
+
+
+@cache
+def _messages(dialect: str) -> sa.Select[Any]:
+    # The running size decides in the database how many bodies travel: 500 rows may be 2 MB or 2 GB.
+    size = sa.func.octet_length(message.c.body) if dialect == "postgresql" else sa.func.length(message.c.body)
+    wanted = (
+        sa.select(message, (sa.func.sum(size).over(order_by=message.c.id) - size).label("before"))
+        .where(
+            _among(message.c.id, "rows", sa.BigInteger(), dialect),
+            # Lets PostgreSQL skip partitions even in a generic plan.
+            message.c.id.between(sa.bindparam("low", type_=sa.BigInteger()), sa.bindparam("high", type_=sa.BigInteger())),
+        )
+        .subquery()
+    )
+    columns = [column for column in wanted.c if column.name != "before"]
+    return sa.select(*columns).where(wanted.c.before < sa.bindparam("bytes", type_=sa.BigInteger())).order_by(wanted.c.id)
+
+
+class Content(NamedTuple):
+    """What a read of messages brought."""
+
+    #: By message row. An InvalidMessage where the stored row can't be a message.
+    found: dict[int, Message | InvalidMessage]
+    #: The rows that exist but did not fit; read them again later.
+    postponed: frozenset[int]
+
+
+def messages(connection: Connection, rows: Collection[int], *, max_bytes: int) -> Content:
+    """Return the messages of *rows*, lowest first, until their bodies have *max_bytes*; at least one.
+
+    A separate statement by row number: joined to outbox_pending it became a merge join over all retained messages.
+    """
+    if not rows:
+        return Content({}, frozenset())
+    dialect = connection.dialect.name
+    parameters = {"rows": _list(rows, dialect), "low": min(rows), "high": max(rows), "bytes": max_bytes}
+    found: dict[int, Message | InvalidMessage] = {}
+    loaded_bytes = 0
+    for values in connection.execute(_messages(dialect), parameters):
+        found[values[0]] = _message(*values)
+        loaded_bytes += len(values[_BODY])
+    last = max(found, default=0)
+    return Content(found, frozenset(row for row in rows if row > last) if loaded_bytes >= max_bytes else frozenset())
+
+
+_BODY = list(message.c).index(message.c.body)
+
+
+def _message(
+    _row: int,
+    message_id: UUID,
+    source: str,
+    topic: str,
+    key: str | None,
+    sequence: int | None,
+    content_type: str,
+    headers: str | None,
+    body: bytes,
+    created_at: datetime,
+) -> Message | InvalidMessage:
+    try:
+        return Message(
+            id=message_id,
+            source=source,
+            topic=topic,
+            key=key,
+            sequence=sequence,
+            body=bytes(body),
+            content_type=content_type,
+            headers=json.loads(headers) if headers else {},
+            created_at=created_at,
+        )
+    except InvalidMessage as error:
+        return error
+    except (ValueError, AttributeError) as error:
+        return InvalidMessage(f"message {message_id}: its stored headers are no JSON object: {error}")
+
+
+@cache
+def _predecessors(dialect: str) -> sa.Select[Any]:
+    row, earlier = pending.alias("p"), pending.alias("e")
+    waits = sa.exists(sa.literal(1)).where(
+        earlier.c.key == row.c.key,
+        earlier.c.sequence < row.c.sequence,
+        earlier.c.state != _literal(State.DISCARDED),
+        sa.or_(earlier.c.state != _literal(State.UNROUTABLE), earlier.c.topic == row.c.topic),
+    )
+    return sa.select(row.c.id, waits.label("waits")).where(
+        _among(row.c.id, "ids", sa.BigInteger(), dialect), row.c.state != _literal(State.DISCARDED)
+    )
+
+
+def predecessors(connection: Connection, ids: Collection[int]) -> dict[int, bool]:
+    """Say of each of *ids* whether an earlier message of its key is still to be delivered; ids that are gone are left out.
+
+    Asked after a read: a read that starts above id 0 may have passed over an earlier row that committed late.
+    """
+    dialect = connection.dialect.name
+    return {id_: bool(waits) for id_, waits in connection.execute(_predecessors(dialect), {"ids": _list(ids, dialect)})}
+
+
+# --- settling -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _delete(dialect: str) -> Any:
+    return sa.delete(pending).where(_among(pending.c.id, "ids", sa.BigInteger(), dialect)).returning(pending.c.id)
+
+
+@cache
+def _change(dialect: str) -> sa.Update:
+    owned = sa.exists(sa.literal(1)).where(
+        shard.c.id == sa.bindparam("of_shard", type_=sa.SmallInteger()),
+        shard.c.owner == sa.bindparam("relay", type_=sa.String()),
+        shard.c.epoch == sa.bindparam("of_epoch", type_=sa.BigInteger()),
+    )
+    return (
+        sa.update(pending)
+        .where(
+            pending.c.id == sa.bindparam("of_id", type_=sa.BigInteger()),
+            pending.c.state != _literal(State.DISCARDED),  # a person decided meanwhile
+            owned,
+        )
+        .values(
+            state=sa.bindparam("new_state", type_=sa.String()),
+            attempts=sa.bindparam("new_attempts", type_=sa.Integer()),
+            error=sa.bindparam("new_error", type_=sa.Text()),
+            available_at=now(dialect, "wait"),
+        )
+    )
+
+
+def settle(connection: Connection, relay: str, confirmed: Sequence[Confirmed], changes: Sequence[Change]) -> int:
+    """Record what the broker answered, in the open transaction; return how many rows were still there to be deleted.
+
+    Safe to repeat when a commit's outcome is unknown: only rows deleted here are written into the receipt.
+    """
+    deleted = 0
+    dialect = connection.dialect.name
+    if confirmed:
+        gone = set(connection.scalars(_delete(dialect), {"ids": _list([each.id for each in confirmed], dialect)}))
+        deleted = len(gone)
+        if gone:
+            _write_receipt(connection, relay, [each for each in confirmed if each.id in gone])
+    if changes:
+        connection.execute(
+            _change(dialect),
+            [
+                {
+                    "of_id": each.id,
+                    "of_shard": each.shard,
+                    "of_epoch": each.epoch,
+                    "relay": relay,
+                    "new_state": each.state.value,
+                    "new_attempts": each.attempts,
+                    "new_error": each.error,
+                    **clock(dialect, wait=each.wait_seconds),
+                }
+                for each in changes
+            ],
+        )
+    failpoints.reached("R5")
+    return deleted
+
+
+def _write_receipt(connection: Connection, relay: str, settled: Sequence[Confirmed]) -> None:
+    dialect = connection.dialect.name
+    connection.execute(
+        sa.insert(receipt).values(settled_at=now(dialect)),
+        {
+            "relay": relay,
+            "messages": len(settled),
+            "first_row": min(each.message_row for each in settled),
+            "last_row": max(each.message_row for each in settled),
+            "pending_ids": struct.pack(f">{len(settled)}q", *(each.id for each in settled)),
+            "message_ids": b"".join(each.message_id.bytes for each in settled),
+            "oldest_age_seconds": max(each.age_seconds for each in settled),
+            "duration_seconds": max(each.flight_seconds for each in settled),
+            **clock(dialect),
+        },
+    )
+
+
+# --- for people -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """How many rows wait and for what; for metrics and for the last words of `--drain`."""
+
+    by_state: dict[str, int]
+    #: Rows not yet due, of the states that are sent by themselves.
+    scheduled: int
+    held_keys: int
+    #: Age of the oldest row that is due.
+    lag_seconds: float
+
+
+def census(connection: Connection) -> Census:
+    """Count what waits. It looks at every pending row: ask rarely."""
+    dialect = connection.dialect.name
+    moment = now(dialect)
+    parameters = clock(dialect)
+    counts = connection.execute(sa.select(pending.c.state, sa.func.count()).group_by(pending.c.state))
+    by_state: dict[str, int] = {row[0]: row[1] for row in counts}
+    due = pending.c.available_at <= moment
+    sent = pending.c.state.in_([State.PENDING, State.RETRYING, State.UNROUTABLE])
+    scheduled = connection.scalar(sa.select(sa.func.count()).where(sent, ~due), parameters)
+    held = connection.scalar(sa.select(sa.func.count(pending.c.key.distinct())).where(pending.c.state.in_(HOLDING)))
+    oldest = sa.select(pending.c.message_row).where(pending.c.state == State.PENDING, due).order_by(pending.c.id).limit(1)
+    row = connection.execute(
+        sa.select(message.c.created_at, moment.label("now")).where(message.c.id == oldest.scalar_subquery()), parameters
+    ).first()
+    lag = max(0.0, (row.now - row.created_at).total_seconds()) if row else 0.0
+    return Census(by_state=by_state, scheduled=scheduled or 0, held_keys=held or 0, lag_seconds=lag)
+
+
+def is_trouble(error: Exception) -> bool:
+    """Say whether *error* is the database's (down, restarted, deadlock, serialization), so that waiting helps."""
+    return isinstance(error, (sa.exc.DBAPIError, sa.exc.TimeoutError, sa.exc.ResourceClosedError))
+
+
+def describe(error: BaseException, limit: int = 300) -> str:
+    """Return the first line of what the driver said; parameters (hence payloads) are never in it."""
+    text = str(getattr(error, "orig", None) or error).strip()
+    return (text.splitlines() or [type(error).__name__])[0][:limit]
