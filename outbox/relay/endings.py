@@ -27,12 +27,12 @@ class Ending:
     expected: bool = False
 
 
-def closed_by_broker(url: AmqpUrl, code: int, words: str) -> Ending:
-    """Return what `connection.close` means."""
-    if code == 403:
+def closed_by_broker(url: AmqpUrl, code: int, words: str, *, was_open: bool) -> Ending:
+    """Return what `connection.close` means. While connecting it is a verdict on user or virtual host."""
+    if code == 403 and not was_open:
         step = f"correct the user and password in BROKER_URL, or on the broker: rabbitmqctl change_password {url.user} …"
         return Ending(f"{url} refused the login: {code} {words}; {step}", refused=True)
-    if code == 530:
+    if code == 530 and not was_open:
         step = f"correct BROKER_URL, or: rabbitmqctl add_vhost {url.vhost}; {_permit(url)}"
         return Ending(f"{url} refused the virtual host: {code} {words}; {step}", refused=True)
     return Ending(f"{url} closed the connection: {code} {words}")
@@ -47,13 +47,14 @@ def channel_closed(url: AmqpUrl, code: int, words: str) -> Ending:
     return Ending(f"{code} {words}", message_refused=code == 406)
 
 
-def failed(url: AmqpUrl, error: BaseException) -> Ending:
+def failed(url: AmqpUrl, error: BaseException, *, was_open: bool) -> Ending:
     """Return what an error of the network, of TLS or of the client library means."""
     root = _root(error)
     if isinstance(root, ssl.SSLCertVerificationError):
         step = "name its authority with ?cacertfile=…, or the name it was made out to with ?server_name_indication=…"
         return Ending(f"{url}: the certificate was not accepted: {root.verify_message}; {step}", refused=True)
-    return Ending(f"no connection to {url}: {str(root) or repr(root)}")
+    what = "the connection to {} was lost" if was_open else "no connection to {}"
+    return Ending(f"{what.format(url)}: {str(root) or repr(root)}")
 
 
 def _permit(url: AmqpUrl) -> str:
@@ -61,9 +62,10 @@ def _permit(url: AmqpUrl) -> str:
 
 
 def _root(error: BaseException) -> BaseException:
-    """pika wraps what happened up to four times."""
+    """Return what happened; pika wraps it up to four times, in three ways."""
     while True:
-        inner = getattr(error, "exceptions", None) or [cause for cause in error.args if isinstance(cause, BaseException)]
-        if not inner:
+        wrapped = [getattr(error, "exception", None), *(getattr(error, "exceptions", None) or ()), *error.args]
+        causes = [cause for cause in wrapped if isinstance(cause, BaseException)]
+        if not causes:
             return error
-        error = inner[-1]
+        error = causes[-1]

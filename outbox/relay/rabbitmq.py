@@ -211,6 +211,7 @@ class _Link:
         #: Not written yet.
         self._queue: deque[Outgoing] = deque()
         self._end: Ending | None = None
+        self._connected = False
         self._blocked = False
         self._write_scheduled = False
         #: When the last confirm came, or the first of the messages now unanswered: what silence is counted from.
@@ -272,6 +273,7 @@ class _Link:
             self._finish(goodbye)
 
     def _on_connected(self, connection: Any) -> None:
+        self._connected = True
         self._loop.call_later(_CONNECT_SECONDS, self._give_up_waiting)
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
@@ -303,9 +305,12 @@ class _Link:
             self._finish(Ending(f"{self._broker.url} opened no channel within {_CONNECT_SECONDS:g} s"))
 
     def _on_closed(self, connection: Any, error: Exception) -> None:
-        url = self._broker.url
-        by_broker = connection.refusal and endings.closed_by_broker(url, *connection.refusal)
-        self._end = self._end or by_broker or endings.failed(url, error)
+        if self._end is None:
+            url, was_open = self._broker.url, self._connected
+            if connection.last_words is not None:
+                self._end = endings.closed_by_broker(url, *connection.last_words, was_open=was_open)
+            else:
+                self._end = endings.failed(url, error, was_open=was_open)
         self._loop.stop()
 
     def _on_channel_closed(self, _: Any, error: Exception) -> None:
@@ -418,21 +423,39 @@ class _Link:
 class _Connection(pika.SelectConnection):  # type: ignore[misc]
     """pika's connection with what its public interface lacks."""
 
-    #: Code and words of the `connection.close` the broker sent, which pika wraps away while it is connecting.
-    refusal: tuple[int, str] | None = None
+    #: Code and words of the `connection.close` the broker sent; pika wraps them away while it is connecting.
+    last_words: tuple[int, str] | None = None
+    _doomed = False
 
     def write(self, frames: bytes) -> None:
         """Send *frames* as they are."""
         self._output_marshaled_frames([frames])
 
-    def drop(self) -> None:
+    def drop(self, reason: str = "dropped") -> None:
         """End the TCP connection without the closing handshake."""
         if not self.is_closed:
-            self._terminate_stream(pika.exceptions.StreamLostError("dropped"))
+            self._terminate_stream(pika.exceptions.StreamLostError(reason))
+
+    def _terminate_stream(self, error: Exception | None) -> None:
+        self._doomed = True
+        super()._terminate_stream(error)
+
+    def _process_frame(self, frame_value: Any) -> None:
+        # pika ends a connection only after the frames it has read already; none of them counts any more.
+        if not self._doomed:
+            super()._process_frame(frame_value)
 
     def _on_connection_close_from_broker(self, method_frame: Any) -> None:
-        self.refusal = (method_frame.method.reply_code, method_frame.method.reply_text)
+        self.last_words = (method_frame.method.reply_code, method_frame.method.reply_text)
         super()._on_connection_close_from_broker(method_frame)
+
+    def _deliver_frame_to_channel(self, value: Any) -> None:
+        """Pass on what belongs to a returned message; pika would log the rest and go on."""
+        method = getattr(value, "method", None)
+        if value.channel_number != _CHANNEL or not (method is None or isinstance(method, pika.spec.Basic.Return)):
+            self.drop(f"an unexpected frame came: {value.NAME if method is None else method.NAME}")
+        else:
+            super()._deliver_frame_to_channel(value)
 
 
 def _parameters(url: AmqpUrl, app_id: str) -> pika.ConnectionParameters:
