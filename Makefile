@@ -63,6 +63,7 @@ wheel: $(STAMP) ## build the library into dist/
 
 .PHONY: up down
 up: ## the whole application with PostgreSQL and RabbitMQ, in containers
-	docker compose up --build --detach --wait
+	docker compose up --build --detach
+	docker compose ps
 down: ## stop and remove these containers; the data stays
 	docker compose down
