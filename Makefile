@@ -40,10 +40,24 @@ VENV_PACKAGE = { rm -rf .venv; test "$$(id -u)" = 0 && command -v apt-get >/dev/
 demo: $(STAMP) ## the story with its counts, on embedded SQLite; then it keeps running (DEMO=brief: it ends)
 	@$(PYTHON) -m publisher.demo
 
+.PHONY: dev
+dev: $(STAMP) ## API with reload on port 8000, relay and services, on embedded SQLite, until Ctrl-C
+	@.venv/bin/flask --app publisher migrate
+	@pids=''; trap 'kill $$pids 2>/dev/null; wait' EXIT; trap 'exit 0' INT TERM; \
+	 for process in 'relay' 'consumer run exports' 'consumer run notifications'; do \
+	   .venv/bin/outbox $$process & pids="$$pids $$!"; \
+	 done; \
+	 .venv/bin/flask --app publisher run --debug --port 8000
+
 .PHONY: test
 test: $(STAMP) ## all tests, on private PostgreSQL and RabbitMQ (ARGS="-k relay": some)
 	@$(PYTHON) -m tests.kit.provision
 	@$(PYTHON) -m pytest $(ARGS)
+
+.PHONY: chaos
+chaos: $(STAMP) ## the tests that kill processes and servers (SEED=42: as in the run that printed this seed)
+	@$(PYTHON) -m tests.kit.provision
+	@TEST_SEED=$(SEED) $(PYTHON) -m pytest -m faults $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## ruff (rules and format) and mypy

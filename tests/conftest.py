@@ -7,6 +7,7 @@ Each folder of tests holds an `__init__.py`, so that two files in different fold
 from __future__ import annotations
 
 import os
+import random
 from contextlib import ExitStack
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
@@ -35,6 +36,20 @@ class Spawn(Protocol):
     """The type of the fixture `spawn`."""
 
     def __call__(self, *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Process: ...
+
+
+#: What tests decide by chance follows from this number alone, so that a run can be repeated.
+SEED = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(10**6))
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED} (`make chaos SEED={SEED}` makes the same choices again)"
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    """The dice of this test: the same in every run with the same seed, whatever other tests run."""
+    return random.Random(f"{SEED} {request.node.nodeid}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
