@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 #: Names of ours that no process takes as a setting: they are read by commands before settings exist.
 OTHER_NAMES = frozenset({"OUTBOX_FAILPOINTS"})
 _PREFIXES = ("OUTBOX_", "CONSUMER_")
+_UNITS = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2}
 
 
 # --- what a value may be ------------------------------------------------------------------------------------------------
@@ -59,9 +60,8 @@ def _count(low: int, high: int) -> Callable[[object], int]:
 
 
 def _size(value: object) -> int:
-    units = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2}
     match = re.fullmatch(r"(\d{1,9})\s*(B|KiB|MiB)?", str(value).strip())
-    size = int(match[1]) * units[match[2] or ""] if match else 0
+    size = int(match[1]) * _UNITS[match[2] or ""] if match else 0
     if not 1 <= size <= 15 * 1024**2:  # RabbitMQ 4 takes messages up to 16 MiB, envelope included
         raise ValueError("it must be a size from 1B to 15MiB, such as 256KiB")
     return size
@@ -222,7 +222,11 @@ class Settings:
         """Raise ConfigurationError unless each of *names* (`DATABASE_URL`, …) has a value."""
         missing = [name for name in names if getattr(self, _FIELDS[name].name) is None]
         if missing:
-            raise ConfigurationError("\n".join(f"{name} is not set: {_FIELDS[name].metadata['text']}" for name in missing))
+            raise ConfigurationError(
+                "\n".join(
+                    f"{name} is not set ({_FIELDS[name].metadata['text']}); set it in the environment" for name in missing
+                )
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,4 +368,7 @@ def _shown(item: dataclasses.Field[Any], value: object) -> str:
         return "off" if item.metadata["default"] == "off" else ""
     if isinstance(value, float):
         return duration.format(value)
+    if item.metadata["parse"] is _size and isinstance(value, int):
+        unit = next((unit for unit in ("MiB", "KiB") if value % _UNITS[unit] == 0), "B")
+        return f"{value // _UNITS[unit]}{unit}"
     return mask(str(value)) if item.metadata["secret"] else str(value)

@@ -8,16 +8,22 @@ from __future__ import annotations
 import click
 
 import outbox
-from outbox.cli.consumers import consumer
+from outbox.cli import configuration, consumers, doctor, messages, processes, repairs, status, topology
 from outbox.cli.failures import Group
-from outbox.cli.processes import migrate, relay
-from outbox.cli.status import status
 
 COMMANDS: tuple[click.Command, ...] = (
-    migrate,
-    relay,
-    status,
-    consumer,
+    processes.migrate,
+    processes.relay,
+    status.status,
+    messages.list_,
+    messages.show,
+    messages.tail,
+    repairs.requeue,
+    repairs.discard,
+    topology.topology,
+    doctor.doctor,
+    configuration.config,
+    consumers.consumer,
 )
 
 

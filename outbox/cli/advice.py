@@ -63,7 +63,7 @@ def _stuck(first: Stuck, overview: Overview) -> str:
         error = f" ({text.one_line(first.last_error)})" if first.last_error else ""
         return (
             f"message {first.id}{more}: given up after {text.amount(first.attempts, 'attempt')}{error}{behind}; "
-            "outbox show, then outbox requeue or outbox discard"
+            f"outbox show {first.id}, then outbox requeue or outbox discard"
         )
     if first.state == "unroutable":
         more = f" and {overview.unroutable - 1:,} more" if overview.unroutable > 1 else ""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from outbox.cli.context import Context
     from outbox.store.overview import Overview, Relay, Stuck
 
+#: Holders of keys that the page shows; `--json` has more, `outbox list` all.
+_NAMED = 5
 _CLEAR = "\x1b[2J\x1b[H"
 
 
@@ -151,7 +153,7 @@ def as_text(found: Overview, where: str) -> str:
         _number("scheduled", found.scheduled),
         _number("unroutable", found.unroutable, alarm="yellow"),
         _number("dead", found.dead, alarm="red"),
-        _number("held keys", found.held_keys, _holders(found), alarm="yellow"),
+        *_held(found),
         _number("published", found.published_total, _rate(found)),
         "",
         *_relay_lines(found),
@@ -159,7 +161,7 @@ def as_text(found: Overview, where: str) -> str:
     ]
     sentence = advice(found)
     if sentence:
-        lines += ["", click.style("! ", fg="yellow", bold=True) + sentence]
+        lines += ["", click.style("! ", fg="yellow", bold=True) + text.wrapped(sentence, indent="  ")]
     return "\n".join(lines)
 
 
@@ -178,10 +180,18 @@ def _oldest(found: Overview) -> str:
     return ", ".join(notes)
 
 
-def _holders(found: Overview) -> str:
-    keyed = [item for item in found.stuck if item.key is not None]
-    named = [f"{text.one_line(str(item.key))} by {item.id} ({item.state}; {item.behind:,} behind)" for item in keyed[:3]]
-    return ", ".join(named) + (", …" if found.held_keys > len(named) else "")
+def _held(found: Overview) -> list[str]:
+    """Each held key with what holds it, the first few only."""
+    named = [item for item in found.stuck if item.key is not None][:_NAMED]
+    notes = [
+        f"{text.one_line(str(item.key))}  by {item.id}  {item.state}" + (f", {item.behind:,} behind it" if item.behind else "")
+        for item in named
+    ]
+    if found.held_keys > len(named):
+        notes.append("…")
+    first, *others = notes or [""]
+    below = " " * 28
+    return [_number("held keys", found.held_keys, first, alarm="yellow"), *(below + text.dim(note) for note in others)]
 
 
 def _rate(found: Overview) -> str:

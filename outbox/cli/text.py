@@ -77,7 +77,10 @@ def amount(count: int, one: str, many: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[str] = ()) -> str:
-    """Return aligned columns under dim headings; those named in *right* end together. On a terminal lines are cut to fit."""
+    """Return aligned columns under dim headings; those named in *right* end together, STATE has its colour.
+
+    On a terminal the last column is cut to fit.
+    """
     widths = [max([width(head[n]), *(width(row[n]) for row in rows)]) for n in range(len(head))]
     lines = [dim(_line(head, widths, head, right))]
     lines += [_line(row, widths, head, right) for row in rows]
@@ -92,8 +95,9 @@ def _line(cells: Sequence[str], widths: Sequence[int], head: Sequence[str], righ
         if name == head[-1]:
             padded.append(cut(text, room))
             break
-        gap = " " * (wide - width(cell))
-        padded.append(gap + coloured(text) if name in right else coloured(text) + gap)
+        gap = " " * (wide - width(text))
+        shown = coloured(text) if name == "STATE" else text
+        padded.append(gap + shown if name in right else shown + gap)
         room -= wide + 2
     return "  ".join(padded).rstrip()
 
@@ -104,6 +108,11 @@ def _room() -> int:
         return os.get_terminal_size(sys.stdout.fileno()).columns
     except (OSError, ValueError):
         return 10_000
+
+
+def wrapped(sentence: str, *, indent: str) -> str:
+    """Return *sentence* in lines that fit the terminal, all but the first indented; one line where there is none."""
+    return click.wrap_text(sentence, min(_room(), 10_000) - len(indent), subsequent_indent=indent)
 
 
 def one_line(text: str) -> str:

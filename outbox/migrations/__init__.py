@@ -13,11 +13,9 @@ import io
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from alembic.migration import MigrationContext
-from alembic.operations import Operations
 
 from outbox.errors import SchemaError
 from outbox.migrations import m0001_initial
@@ -26,9 +24,10 @@ from outbox.tables import VERSION_TABLE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from alembic.operations import Operations
     from sqlalchemy.engine import Connection, Engine
 
-Step = Callable[[Operations], None]
+Step = Callable[["Operations"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ def upgrade(bind: Engine | Connection, history: History = OUTBOX) -> int:
         _versions.create(connection, checkfirst=True)
         version = _version(connection, history)
         _refuse_newer(version, history)
-        operations = Operations(MigrationContext.configure(connection))
+        operations = _operations(connection=connection)
         for step in history.steps[version:]:
             step(operations)
         _write_version(connection, history, version)
@@ -85,15 +84,20 @@ def check(bind: Engine | Connection, history: History = OUTBOX) -> None:
 def sql(dialect: str, history: History = OUTBOX) -> str:
     """Return the statements that `upgrade` would run on an empty database of *dialect*."""
     buffer = io.StringIO()
-    context = MigrationContext.configure(
-        dialect_name=dialect, opts={"as_sql": True, "output_buffer": buffer, "literal_binds": True}
-    )
-    operations = Operations(context)
+    operations = _operations(dialect_name=dialect, opts={"as_sql": True, "output_buffer": buffer, "literal_binds": True})
     operations.create_table(_versions.name, *(column.copy() for column in _versions.columns))
     for step in history.steps:
         step(operations)
     operations.execute(_versions.insert().values(history=history.name, version=len(history.steps)))
     return buffer.getvalue()
+
+
+def _operations(**context: Any) -> Operations:
+    # Imported here: every command and process checks the version, and only this needs Alembic, which takes its time to load.
+    from alembic.migration import MigrationContext
+    from alembic.operations import Operations
+
+    return Operations(MigrationContext.configure(**context))
 
 
 @contextmanager
