@@ -222,11 +222,8 @@ class Settings:
         """Raise ConfigurationError unless each of *names* (`DATABASE_URL`, …) has a value."""
         missing = [name for name in names if getattr(self, _FIELDS[name].name) is None]
         if missing:
-            raise ConfigurationError(
-                "\n".join(
-                    f"{name} is not set ({_FIELDS[name].metadata['text']}); set it in the environment" for name in missing
-                )
-            )
+            said = (f"{name} is not set ({_FIELDS[name].metadata['text']}); set it in the environment" for name in missing)
+            raise ConfigurationError("\n".join(said))
 
 
 @dataclass(frozen=True, slots=True)
