@@ -1,0 +1,149 @@
+"""What a service has taken: message ids, and beside them the highest sequence of each key. Every statement on both.
+
+Only the id says *duplicate*. The sequence says whether an unseen message is late or jumped, nothing else: as a duplicate
+test it would drop messages after a restored database, a released hold or a replay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from outbox.consumer import tables
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+    from datetime import datetime
+
+    from sqlalchemy.engine import Connection
+
+    from outbox.consumer.arrival import Identity, Key
+
+_inbox, _key, _attempt = tables.inbox, tables.key, tables.attempt
+
+
+@dataclass(slots=True)
+class Mark:
+    """What is known of a key."""
+
+    #: The highest sequence that arrived; 0: none.
+    sequence: int = 0
+    #: Later messages must wait in `consumer_parked`.
+    held: bool = False
+
+
+def insert(connection: Connection, table: sa.Table) -> Any:
+    """Return the dialect's INSERT with `on_conflict_…`."""
+    return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert)(table)
+
+
+def take(connection: Connection, service: str, identities: Collection[Identity], now: datetime) -> set[Identity]:
+    """Write *identities* into the inbox and return those that were not in it: one statement.
+
+    Waits for another transaction that is writing one of them. Sorted, so that two processes given the same messages can't
+    lock each other out.
+    """
+    if not identities:
+        return set()
+    statement = insert(connection, _inbox).on_conflict_do_nothing().returning(_inbox.c.source, _inbox.c.message_id)
+    rows = [
+        {"service": service, "source": source, "message_id": message_id, "taken_at": now}
+        for source, message_id in sorted(set(identities))
+    ]
+    return {(source, message_id) for source, message_id in connection.execute(statement, rows)}
+
+
+def lock_marks(connection: Connection, service: str, keys: Collection[Key]) -> dict[Key, Mark]:
+    """Return what is known of *keys*, locked until the transaction ends: nobody else moves, holds or frees them."""
+    if not keys:
+        return {}
+    query = (
+        sa.select(_key.c.source, _key.c.key, _key.c.sequence, _key.c.held)
+        .where(_key.c.service == service, sa.tuple_(_key.c.source, _key.c.key).in_(sorted(keys)))
+        .order_by(_key.c.source, _key.c.key)
+        .with_for_update()
+    )
+    marks = {key: Mark() for key in keys}
+    for source, key, sequence, held in connection.execute(query):
+        marks[source, key] = Mark(sequence, held)
+    return marks
+
+
+def write_marks(connection: Connection, service: str, marks: Mapping[Key, Mark]) -> None:
+    """Write *marks*. A sequence only rises and a hold only begins here; `free` ends it."""
+    if not marks:
+        return
+    statement = insert(connection, _key)
+    new = statement.excluded
+    higher = sa.case((new.sequence > _key.c.sequence, new.sequence), else_=_key.c.sequence)
+    statement = statement.on_conflict_do_update(
+        index_elements=[_key.c.service, _key.c.source, _key.c.key],
+        set_={"sequence": higher, "held": sa.or_(_key.c.held, new.held)},
+    )
+    connection.execute(
+        statement,
+        [
+            {"service": service, "source": source, "key": key, "sequence": mark.sequence, "held": mark.held}
+            for (source, key), mark in sorted(marks.items())
+        ],
+    )
+
+
+def free(connection: Connection, service: str, key: Key) -> None:
+    """End the hold of *key*."""
+    connection.execute(sa.update(_key).where(_at(_key, service, key)).values(held=False))
+
+
+def _at(table: sa.Table, service: str, key: Key) -> sa.ColumnElement[bool]:
+    return sa.and_(table.c.service == service, table.c.source == key[0], table.c.key == key[1])
+
+
+# --- attempts that a process may not survive ---------------------------------------------------------------------------
+
+
+def begin_attempt(connection: Connection, service: str, identity: Identity, now: datetime) -> int:
+    """Record that *identity* is about to be handled and return how often that began without an end, this time included."""
+    statement = insert(connection, _attempt).values(
+        service=service, source=identity[0], message_id=identity[1], attempts=1, begun_at=now
+    )
+    statement = statement.on_conflict_do_update(
+        index_elements=[_attempt.c.service, _attempt.c.source, _attempt.c.message_id],
+        set_={"attempts": _attempt.c.attempts + 1, "begun_at": now},
+    ).returning(_attempt.c.attempts)
+    return int(connection.execute(statement).scalar_one())
+
+
+def end_attempts(connection: Connection, service: str, identities: Iterable[Identity]) -> None:
+    """Forget the attempts at *identities*: they were settled."""
+    for source, message_id in identities:
+        connection.execute(
+            sa.delete(_attempt).where(
+                _attempt.c.service == service, _attempt.c.source == source, _attempt.c.message_id == message_id
+            )
+        )
+
+
+# --- forgetting --------------------------------------------------------------------------------------------------------
+
+
+def prune(connection: Connection, service: str, before: datetime, limit: int) -> int:
+    """Forget at most *limit* ids taken before *before* and return how many; an id that is still parked is kept."""
+    parked = tables.parked
+    still_parked = sa.exists().where(
+        parked.c.service == _inbox.c.service,
+        parked.c.message_id == _inbox.c.message_id,
+        parked.c.source == _inbox.c.source,
+    )
+    old = (
+        sa.select(_inbox.c.source, _inbox.c.message_id)
+        .where(_inbox.c.service == service, _inbox.c.taken_at < before, ~still_parked)
+        .order_by(_inbox.c.taken_at)
+        .limit(limit)
+    )
+    identity = sa.tuple_(_inbox.c.source, _inbox.c.message_id)
+    gone = connection.execute(sa.delete(_inbox).where(_inbox.c.service == service, identity.in_(old)))
+    connection.execute(sa.delete(_attempt).where(_attempt.c.service == service, _attempt.c.begun_at < before))
+    return gone.rowcount

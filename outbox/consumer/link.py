@@ -1,0 +1,260 @@
+"""One connection to the broker, through kombu: receives raw bytes, acknowledges, and ends without a word.
+
+RabbitMQ and the embedded broker look the same from here. Messages are taken below kombu's `Message` on RabbitMQ: its
+constructor expands what a `compression` header asks for. A link is used by one thread; only `wake` may be called from
+others. After any error it is of no more use: `drop` it and make another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import ssl
+import struct
+import threading
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import amqp.method_framing
+import amqp.serialization
+from amqp.exceptions import AccessRefused, NotAllowed
+from kombu.connection import Connection
+
+from outbox import amqp_url, embedded
+from outbox.consumer import arrival as arrivals
+from outbox.consumer import topology as topologies
+from outbox.consumer.acks import Acks, Receipt
+from outbox.consumer.arrival import UNREADABLE_PROPERTIES, Arrival
+from outbox.errors import BrokerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from outbox.consumer.topology import Queue, Topology
+
+_CONNECT_SECONDS = 10.0
+#: Longest silence in the middle of an answer or a write.
+_SOCKET_SECONDS = 15.0
+_HEARTBEAT_SECONDS = 30
+#: Frames read before acknowledgements and heartbeats get their turn.
+_FRAMES_AT_ONCE = 300
+#: The embedded broker has nothing to wait on but the clock.
+_LONGEST_POLL_SECONDS = 0.05
+_CONTENT_HEADER = 2
+
+Frame = tuple[int, int, bytes]
+
+
+def shown(url: str) -> str:
+    """Return *url* without its password."""
+    return url if urlsplit(url).scheme == "embedded" else str(amqp_url.parse(url))
+
+
+def connection(url: str) -> Connection:
+    """Return kombu's connection to *url*, not yet connected. Raises ConfigurationError."""
+    if urlsplit(url).scheme == "embedded":
+        return embedded.connection(url)
+    parsed = amqp_url.parse(url)
+    tls: dict[str, Any] | bool = False
+    if parsed.tls:
+        parsed.tls_context()  # says which file can't be read
+        tls = {
+            "cert_reqs": ssl.CERT_REQUIRED,
+            "server_hostname": parsed.server_name,  # without it py-amqp takes any host's certificate
+            "ca_certs": parsed.cacertfile,
+            "certfile": parsed.certfile,
+            "keyfile": parsed.keyfile,
+        }
+    return Connection(  # type: ignore[no-untyped-call]
+        transport="pyamqp",
+        hostname=f"[{parsed.host}]" if ":" in parsed.host else parsed.host,
+        port=parsed.port,
+        userid=parsed.user,
+        password=parsed.password,
+        virtual_host=parsed.vhost,
+        ssl=tls,
+        connect_timeout=_CONNECT_SECONDS,
+        heartbeat=_HEARTBEAT_SECONDS if parsed.heartbeat is None else parsed.heartbeat,
+        transport_options={
+            "frame_handler": tolerant_frames,
+            "read_timeout": _SOCKET_SECONDS,
+            "write_timeout": _SOCKET_SECONDS,
+        },
+    )
+
+
+def tolerant_frames(connection: Any, callback: Callable[..., None]) -> Callable[[Frame], bool]:
+    """py-amqp's reader of frames, but properties it can't decode reach us as bytes instead of ending the connection.
+
+    A timestamp of 2**63 or an unknown field type would otherwise come back for ever: the message can't be acknowledged.
+    """
+    read = amqp.method_framing.frame_handler(connection, callback)
+
+    def on_frame(frame: Frame) -> bool:
+        kind, channel, payload = frame
+        try:
+            return bool(read(frame))
+        except Exception:
+            if kind != _CONTENT_HEADER or _decodes(payload):
+                raise
+        return bool(read((kind, channel, _with_readable_properties(payload))))
+
+    return on_frame
+
+
+def _decodes(payload: bytes) -> bool:
+    try:
+        amqp.serialization.decode_properties_basic(payload, 12)
+    except Exception:  # noqa: BLE001 - struct.error, UnicodeDecodeError, OverflowError, FrameSyntaxError, …
+        return False
+    return True
+
+
+def _with_readable_properties(payload: bytes) -> bytes:
+    """Return the content header with all its properties replaced by one header that holds their bytes."""
+    name = UNREADABLE_PROPERTIES.encode()
+    raw = bytes(payload[12:])
+    table = struct.pack(">B", len(name)) + name + b"x" + struct.pack(">I", len(raw)) + raw
+    has_headers = 0x2000
+    return bytes(payload[:12]) + struct.pack(">H", has_headers) + struct.pack(">I", len(table)) + table
+
+
+class Link:
+    """A connection that consumes a service's two queues, a channel each."""
+
+    def __init__(self, url: str) -> None:
+        """Connect. Raises ConfigurationError and BrokerError for what waiting won't mend, otherwise whatever kombu raises."""
+        # Not through kombu's Connection: asked for anything, it would silently connect again, without consumers.
+        self._transport = connection(url).transport
+        self._polled = self._transport.driver_type != "amqp"
+        self._channels: list[tuple[Any, Acks]] = []
+        try:
+            self._raw = self._transport.establish_connection()
+        except (AccessRefused, NotAllowed) as error:
+            said = getattr(error, "reply_text", None) or error
+            raise BrokerError(f"{shown(url)}: the broker refuses us: {said}; check user, password and virtual host") from error
+        self._wake_lock = threading.RLock()  # a signal handler may call `wake` anywhere
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+
+    def consume(self, topology: Topology, prefetch: int, on_arrival: Callable[[Arrival], None]) -> None:
+        """Declare *topology* and begin to receive; *on_arrival* is called from `receive`. Raises as `topology.declare`."""
+        channel = self._transport.create_channel(self._raw)
+        topologies.declare(channel, topology)
+        channel.close()
+        self._consume(topology.main, prefetch, on_arrival, dead=False)
+        self._consume(topology.dead, prefetch, on_arrival, dead=True)
+
+    def _consume(self, queue: Queue, prefetch: int, on_arrival: Callable[[Arrival], None], *, dead: bool) -> None:
+        channel = self._transport.create_channel(self._raw)
+        acks = Acks()
+        self._channels.append((channel, acks))
+
+        def received(message: Any) -> None:
+            info = message.delivery_info
+            headers = message.headers or {}
+            body = message.body
+            arrival = arrivals.read(
+                body if isinstance(body, bytes) else bytes(body),
+                routing_key=info["routing_key"],
+                properties={**message.properties, "headers": headers} if headers else message.properties,
+                headers=headers,
+                redelivered=bool(info["redelivered"]),
+                dead_lettered=dead,
+                receipt=Receipt(acks, info["delivery_tag"]),
+            )
+            acks.delivered(info["delivery_tag"], arrival)
+            on_arrival(arrival)
+
+        channel.basic_qos(0, prefetch, False)  # per consumer: RabbitMQ 4.3 refuses a global one
+        channel.basic_consume(queue=queue.name, consumer_tag=queue.name, no_ack=False, callback=received)
+
+    # --- receiving ----------------------------------------------------------------------------------------------------
+
+    def receive(self, timeout: float) -> None:
+        """Hand over what arrives; return after *timeout* seconds, earlier when something came or `wake` was called."""
+        if self._polled:
+            self._drain_polled(timeout)
+        elif self._readable(timeout):
+            self._drain_socket()
+        self._transport.heartbeat_check(self._raw, rate=2)
+
+    def _drain_polled(self, timeout: float) -> None:
+        wait = 0.0 if self._swallow_wakes() else min(timeout, _LONGEST_POLL_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(_FRAMES_AT_ONCE):
+                self._transport.drain_events(self._raw, timeout=wait)
+                wait = 0.0
+
+    def _drain_socket(self) -> None:
+        for _ in range(_FRAMES_AT_ONCE):
+            self._raw.blocking_read(_SOCKET_SECONDS)
+            if not self._readable(0.0):
+                return
+
+    def _readable(self, timeout: float) -> bool:
+        sock = self._raw.sock
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            return True
+        ready, _, _ = select.select([sock, self._woken], [], [], timeout)
+        if self._woken in ready:
+            self._swallow_wakes()
+        return sock in ready
+
+    def _swallow_wakes(self) -> bool:
+        """Say whether `wake` was called."""
+        woken = False
+        with contextlib.suppress(BlockingIOError):
+            while self._woken.recv(4096):
+                woken = True
+        return woken
+
+    def wake(self) -> None:
+        """Make a waiting `receive` return; from any thread, also after `drop`."""
+        with self._wake_lock, contextlib.suppress(OSError):  # full: it is awake anyway; closed: nobody waits
+            self._waker.send(b"!")
+
+    # --- acknowledging ------------------------------------------------------------------------------------------------
+
+    def acknowledge(self) -> int:
+        """Acknowledge what is settled and has nothing unsettled before it; return how many deliveries that were."""
+        count = 0
+        for channel, acks in self._channels:
+            if tags := acks.ready():
+                channel.basic_ack(tags[-1], multiple=True)
+                count += len(tags)
+        return count
+
+    def in_hand(self) -> list[Arrival]:
+        """Return what was delivered and is not settled."""
+        return [arrival for _, acks in self._channels for arrival in acks.unsettled()]
+
+    def backlog(self, topology: Topology) -> int:
+        """Return how many messages of the service's queues were not delivered to anybody."""
+        channel, _ = self._channels[0]
+        return sum(topologies.backlog(channel, queue.name) for queue in (topology.main, topology.dead))
+
+    # --- ending -------------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Return when the broker has seen our acknowledgements: an answer to anything asked after them says so."""
+        for channel, _ in self._channels:
+            channel.basic_qos(0, 1, False)
+
+    def drop(self) -> None:
+        """End the connection without cancel or close; never raises.
+
+        A quorum queue that is told (`basic.cancel`, `channel.close`, `connection.close`) lets the next consumer start with
+        the messages after those we hold. One that sees the connection go returns ours first.
+        """
+        with contextlib.suppress(Exception):
+            if self._polled:
+                self._raw.close()
+            else:
+                self._raw.sock.settimeout(1.0)  # TLS says good-bye and waits for an answer
+                self._raw.collect()
+        with self._wake_lock:
+            self._waker.close()
+        self._woken.close()

@@ -1,0 +1,52 @@
+"""What can become of a delivery, and what a handler may raise to say so."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from enum import StrEnum
+
+from outbox.errors import OutboxError
+
+
+class Outcome(StrEnum):
+    """What became of one delivery; it is acknowledged after any of these."""
+
+    APPLIED = "applied"
+    #: Its id was in the inbox.
+    DUPLICATE = "duplicate"
+    #: Set aside in `consumer_parked`.
+    PARKED = "parked"
+
+
+class Retry(Exception):
+    """Raise in a handler: not now, and it is not the message's fault (a mail server that is down).
+
+    Costs no attempt. Without *after* the service waits, longer each time, up to a minute. Up to 60 seconds it waits that
+    long; the whole service does, for what is down for one message is down for all. Over 60 seconds the message is set
+    aside until then, later messages of its key behind it, and the service goes on with other keys.
+    """
+
+    def __init__(self, after: float | timedelta | None = None, reason: str = "") -> None:
+        seconds = after.total_seconds() if isinstance(after, timedelta) else after
+        if seconds is not None and not 0 <= seconds <= 366 * 86_400:
+            raise ValueError(f"Retry(after={after}): it must be 0 seconds to 366 days")
+        super().__init__(reason or "the handler asked to try again later")
+        self.after_seconds = seconds
+
+
+class Reject(Exception):
+    """Raise in a handler: this message can't be applied, and trying again would not help.
+
+    It is parked at once, with *reason*, for a person to requeue or discard; later messages of its key wait behind it.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+
+
+class HandlerMistake(OutboxError):
+    """A handler did with its session what only the runtime may do, or left it in a state nobody can go on from."""
+
+
+class Incomplete(OutboxError):
+    """A message lacks fields that its handler needs: the message's fault, and no attempt will help."""

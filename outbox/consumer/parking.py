@@ -1,0 +1,178 @@
+"""Messages set aside, and the holds they put on their keys. Every statement on `consumer_parked`.
+
+A key is held while a parked message of it `holds`. The first of them, by arrival, is its head: nothing behind it moves
+before it was replayed or discarded. Whoever changes a keyed row has locked the key before (`inbox.lock_marks`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from outbox.consumer import inbox
+from outbox.consumer.arrival import properties_as_text
+from outbox.consumer.tables import Reason, State, parked
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from sqlalchemy.engine import Connection, Row
+
+    from outbox.consumer.arrival import Arrival, Key
+
+#: Nothing of such a message is applied before a person says so, and nothing waits for it.
+_FREE_REASONS = (Reason.NO_HANDLER, Reason.UNDECODABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """That a message is to be set aside, and why."""
+
+    reason: Reason
+    error: str
+    detail: str = ""
+    attempts: int = 0
+    #: When to try again by itself; None: when a person says so.
+    due_at: datetime | None = None
+    late: bool = False
+
+    @property
+    def state(self) -> State:
+        """What the message waits for."""
+        if self.reason is Reason.BEHIND:
+            return State.BEHIND
+        return State.PARKED if self.due_at is None else State.DUE
+
+    def holds(self, key: Key | None) -> bool:
+        """Whether later messages of *key* must wait for it."""
+        return key is not None and self.reason not in _FREE_REASONS
+
+
+def row(service: str, arrival: Arrival, aside: Aside, now: datetime) -> dict[str, Any]:
+    """Return the row that sets *arrival* aside."""
+    source, message_id = arrival.identity
+    message = arrival.message
+    return {
+        "service": service,
+        "source": source,
+        "message_id": message_id,
+        "topic": arrival.topic,
+        "key": message.key if message else None,
+        "sequence": message.sequence if message else None,
+        "state": aside.state,
+        "reason": aside.reason,
+        "holds": aside.holds(arrival.key),
+        "late": aside.late,
+        "attempts": aside.attempts,
+        "starts": 0,
+        "error": aside.error,
+        "detail": aside.detail or None,
+        "created_at": message.created_at if message else None,
+        "parked_at": now,
+        "due_at": aside.due_at,
+        "properties": properties_as_text(arrival.properties),
+        "body": arrival.body,
+    }
+
+
+def write(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+    """Set messages aside, in this order."""
+    for each in rows:  # one by one: the numbers are the order, which a statement with many rows does not promise
+        connection.execute(sa.insert(parked).values(each))
+
+
+# --- replaying ---------------------------------------------------------------------------------------------------------
+
+
+def due(connection: Connection, service: str, now: datetime, limit: int) -> list[Row[Any]]:
+    """Return messages that are due (id, source, key), oldest first; whether their turn has come is another question."""
+    query = (
+        sa.select(parked.c.id, parked.c.source, parked.c.key, parked.c.due_at)
+        .where(parked.c.service == service, parked.c.state == State.DUE, parked.c.due_at <= now)
+        .order_by(parked.c.due_at, parked.c.id)
+        .limit(limit)
+    )
+    return list(connection.execute(query))
+
+
+def line(connection: Connection, service: str, key: Key, limit: int) -> list[Row[Any]]:
+    """Return the first *limit* messages that hold *key*, in the order of their arrival."""
+    query = (
+        sa.select(parked)
+        .where(parked.c.service == service, parked.c.source == key[0], parked.c.key == key[1])
+        .where(parked.c.holds, parked.c.state != State.DISCARDED)
+        .order_by(parked.c.id)
+        .limit(limit)
+    )
+    return list(connection.execute(query))
+
+
+def lock(connection: Connection, row_id: int) -> Row[Any] | None:
+    """Return one parked message, locked; None when it is gone or another process has it in hand."""
+    query = sa.select(parked).where(parked.c.id == row_id, parked.c.state != State.DISCARDED)
+    return connection.execute(query.with_for_update(skip_locked=True)).one_or_none()
+
+
+def count_start(connection: Connection, row_id: int) -> int:
+    """Record that a replay begins and return how often one began without an end, this one included."""
+    statement = sa.update(parked).where(parked.c.id == row_id).values(starts=parked.c.starts + 1).returning(parked.c.starts)
+    return int(connection.execute(statement).scalar_one())
+
+
+def set_aside_again(connection: Connection, row_id: int, aside: Aside, *, holds: bool) -> None:
+    """Record why the replay of a parked message failed."""
+    connection.execute(
+        sa.update(parked)
+        .where(parked.c.id == row_id)
+        .values(
+            state=aside.state,
+            reason=aside.reason,
+            error=aside.error,
+            detail=aside.detail or None,
+            attempts=parked.c.attempts + aside.attempts,
+            starts=0,
+            holds=holds,
+            due_at=aside.due_at,
+        )
+    )
+
+
+def remove(connection: Connection, row_ids: Sequence[int]) -> None:
+    """Delete messages that were applied."""
+    connection.execute(sa.delete(parked).where(parked.c.id.in_(row_ids)))
+
+
+def wait_for_turn(connection: Connection, row_id: int) -> None:
+    """A message that is due has others before it: it goes when they are gone."""
+    connection.execute(sa.update(parked).where(parked.c.id == row_id).values(state=State.BEHIND, due_at=None))
+
+
+def move_up(connection: Connection, service: str, key: Key, now: datetime) -> None:
+    """The head of *key* is gone: its successor's turn has come; without one the key is free."""
+    rest = line(connection, service, key, 1)
+    if not rest:
+        inbox.free(connection, service, key)
+    elif rest[0].state == State.BEHIND:
+        connection.execute(sa.update(parked).where(parked.c.id == rest[0].id).values(state=State.DUE, due_at=now))
+
+
+# --- counting ----------------------------------------------------------------------------------------------------------
+
+
+def count(connection: Connection, service: str) -> int:
+    """Return how many messages are parked; discarded ones are not."""
+    query = sa.select(sa.func.count()).where(parked.c.service == service, parked.c.state != State.DISCARDED)
+    return int(connection.scalar(query) or 0)
+
+
+def prune(connection: Connection, service: str, before: datetime, limit: int) -> int:
+    """Forget at most *limit* discarded messages that were parked before *before*; return how many."""
+    old = (
+        sa.select(parked.c.id)
+        .where(parked.c.service == service, parked.c.state == State.DISCARDED, parked.c.parked_at < before)
+        .limit(limit)
+    )
+    return connection.execute(sa.delete(parked).where(parked.c.id.in_(old))).rowcount

@@ -1,0 +1,302 @@
+"""A running service: connect, receive, acknowledge, stop. The receiving thread is the process's main one.
+
+It alone talks to the broker; workers (`pool`) settle messages, the redriver (`redrive`) replays parked ones, upkeep
+(`upkeep`) writes the process's row and forgets old ids. Whatever goes wrong with the connection ends it, and a new one
+begins: the broker delivers again what was not acknowledged, and the inbox knows what was applied.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from outbox import failpoints, http
+from outbox.backoff import Backoff
+from outbox.consumer import operate, topology
+from outbox.consumer.attempts import Attempts, Pause, Policy, Turnstile
+from outbox.consumer.delivery import Deliveries
+from outbox.consumer.failures import is_refusal, is_transient
+from outbox.consumer.link import Link, shown
+from outbox.consumer.pool import Pool
+from outbox.consumer.redrive import Redriver
+from outbox.consumer.upkeep import Upkeep
+from outbox.consumer.waiting import Waiting
+from outbox.errors import BrokerError, ConfigurationError
+from outbox.logs import say
+from outbox.settings import mask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+    from sqlalchemy.engine import Engine
+
+    from outbox.consumer.arrival import Arrival
+    from outbox.consumer.service import Service
+    from outbox.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_RECONNECT = Backoff(0.2, 10.0)
+_DATABASE_SECONDS = 1.0
+#: How long the loop waits for the broker before it looks around.
+_TURN_SECONDS = 0.5
+_LAST_TURN_SECONDS = 0.05
+#: A loop that did not turn for so long is stuck.
+_STUCK_SECONDS = 60.0
+
+
+def run(service: Service, settings: Settings, *, drain: bool = False) -> int:
+    """Run *service* until SIGTERM or SIGINT, with *drain* until its queue is empty; return the exit code.
+
+    0: ended as asked. 1: a worker crashed, or work in hand did not end within `OUTBOX_SHUTDOWN_TIMEOUT`. A second signal
+    ends the process at once. Raises ConfigurationError, SchemaError and BrokerError for what waiting would not mend.
+    """
+    settings.require("BROKER_URL", "CONSUMER_DATABASE_URL")
+    service.check()
+    engine = operate.open_engine(service, settings)
+    try:
+        return Runtime(service, settings, engine, drain=drain).run()
+    finally:
+        engine.dispose()
+
+
+class Runtime:
+    """One process of a service."""
+
+    def __init__(
+        self, service: Service, settings: Settings, engine: Engine, *, drain: bool = False, policy: Policy | None = None
+    ) -> None:
+        self._service = service
+        self._settings = settings
+        self._url = str(settings.broker_url)
+        self._drain = drain
+        self._engine = engine
+        self._topology = topology.of(service, settings.exchange)
+        self._rng = random.Random()  # noqa: S311 - spreads reconnects, keeps no secret
+        self._stopping = threading.Event()
+        self._link: Link | None = None
+        self._connected_before = False
+        self._lost = ""
+        self._turned_at = time.monotonic()
+        policy = policy or Policy(max_attempts=settings.consumer_max_attempts)
+        self._waiting = Waiting()
+        self._pause = Pause(service.name, policy.while_waiting, self._stopping, self._rng)
+        turnstile = Turnstile()
+        # SQLite has one writer: more workers would only wait for each other's lock, in ever longer naps.
+        workers = 1 if engine.dialect.name == "sqlite" else settings.consumer_workers
+        batch = service.batch or settings.consumer_batch
+        attempts = [self._attempts(number, policy) for number in range(workers + 1)]
+        self._pool = Pool(attempts[:workers], self._waiting, turnstile, batch=batch, wake=self._wake)
+        self._redriver = Redriver(attempts[workers], turnstile, self._stopping, batch=batch)
+        self._upkeep = Upkeep(service, engine, retention_seconds=settings.inbox_retention_seconds)
+
+    def _attempts(self, number: int, policy: Policy) -> Attempts:
+        return Attempts(Deliveries(self._service, self._engine, number), policy, self._pause, self._rng)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """See `run`."""
+        with self._signals(), self._probes():
+            try:
+                if self._prepare_database():
+                    self._pool.start()
+                    self._redriver.start()
+                    self._upkeep.start()
+                    self._say("consumer.started", f"service {self._service.name!r} takes {', '.join(self._service.topics)}")
+                    self._receive()
+                    return self._end()
+                return 0
+            finally:
+                self.stop()
+                self._drop()
+
+    def stop(self) -> None:
+        """Finish the transaction in hand, acknowledge, and end; from any thread."""
+        self._stopping.set()
+        self._waiting.close()
+        self._wake()
+
+    def _prepare_database(self) -> bool:
+        """Wait for the database; return True when its tables are right, False when stopped meanwhile."""
+        while not self._stopping.is_set():
+            try:
+                operate.check(self._service, self._engine, migrate_first=self._url.startswith("embedded:"))
+            except SQLAlchemyError as error:
+                if is_refusal(error) or not is_transient(error):
+                    raise
+                self._pause.database_failed(error)
+                self._stopping.wait(_DATABASE_SECONDS)
+            else:
+                self._pause.over()
+                return True
+        return False
+
+    def _end(self) -> int:
+        """Wait for the work in hand, acknowledge it, drop the connection; return the exit code."""
+        self._say("consumer.stopping", "finishing the transactions in hand")
+        deadline = time.monotonic() + self._settings.shutdown_timeout_seconds
+        while self._busy and time.monotonic() < deadline:
+            self._last_turn()
+        cut_short = self._busy
+        self._last_turn()
+        if self._link is not None:
+            try:
+                self._link.flush()
+            except Exception as error:
+                log.debug("the last acknowledgements may be lost", exc_info=error)
+            self._drop()
+        self._upkeep.look(None)
+        self._upkeep.stop()
+        if cut_short:
+            self._say("consumer.cut_short", "a handler did not end in time; its transaction is rolled back", logging.ERROR)
+        if cut_short or self._pool.crash is not None:
+            return 1
+        self._say("consumer.stopped", f"service {self._service.name!r} ended; what it had not finished stays in its queue")
+        return 0
+
+    @property
+    def _busy(self) -> bool:
+        return self._pool.working or self._redriver.working
+
+    def _last_turn(self) -> None:
+        if self._link is None:
+            self._pool.join(_LAST_TURN_SECONDS)
+            return
+        try:
+            self._turn(self._link, _LAST_TURN_SECONDS)
+        except Exception as error:  # noqa: BLE001 - as for any lost connection; there won't be another
+            self._drop()
+            self._say_lost(_words(error))
+
+    # --- connections ------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """Receive until the process is to stop, over as many connections as that takes."""
+        failures = 0
+        while not self._stopping.is_set():
+            try:
+                link = self._connect()
+                failures = 0
+                while not self._stopping.is_set():
+                    self._turn(link, _TURN_SECONDS)
+                    if self._pool.crash is not None or (self._drain and self._is_drained(link)):
+                        self.stop()
+            except (ConfigurationError, BrokerError) as error:
+                self._drop()
+                if not self._connected_before:
+                    raise
+                self._say_lost(str(error))
+            except Exception as error:  # noqa: BLE001 - whatever a client library raised: the connection is of no more use
+                self._drop()
+                self._say_lost(_words(error))
+            else:
+                return
+            failures += 1
+            self._upkeep.look(None)
+            self._stopping.wait(_RECONNECT.wait(failures, self._rng))
+
+    def _connect(self) -> Link:
+        self._link = link = Link(self._url)
+        link.consume(self._topology, self._settings.consumer_prefetch, self._arrived)
+        self._connected_before = True
+        self._lost = ""
+        self._say("consumer.connected", f"consuming {self._topology.main.name!r} on {shown(self._url)}")
+        return link
+
+    def _drop(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            link.drop()
+        self._waiting.clear()  # all of it comes again, in order
+
+    def _say_lost(self, words: str) -> None:
+        if not self._lost:
+            sentence = f"no connection to {shown(self._url)}: {words}; trying again"
+            self._say("consumer.disconnected", sentence, logging.WARNING)
+        self._lost = words
+
+    def _arrived(self, arrival: Arrival) -> None:
+        failpoints.reached("K1")
+        self._waiting.add(arrival)
+
+    def _turn(self, link: Link, timeout: float) -> None:
+        """Receive for a while, then acknowledge what was settled."""
+        self._turned_at = time.monotonic()
+        link.receive(timeout)
+        for arrival in self._pool.finished():
+            if arrival.receipt is not None:
+                arrival.receipt.settled()  # that of an older connection tells nobody
+        if link.acknowledge():
+            failpoints.reached("K5")
+        self._upkeep.look(link)
+
+    def _is_drained(self, link: Link) -> bool:
+        return self._redriver.idle and not link.in_hand() and link.backlog(self._topology) == 0 and not link.in_hand()
+
+    def _wake(self) -> None:
+        link = self._link
+        if link is not None:
+            link.wake()
+
+    # --- seen from outside --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT stop in order; a second one ends the process at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, _frame: FrameType | None) -> None:
+            if self._stopping.is_set():
+                os._exit(128 + number)
+            self.stop()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _probes(self) -> Iterator[None]:
+        if self._settings.http_address is None:
+            yield
+            return
+        server = http.Server(self._settings.http_address, live=self.live, ready=self.ready)
+        server.start()
+        try:
+            yield
+        finally:
+            server.stop()
+
+    def live(self) -> http.Health:
+        """Whether the loop turns, whatever the servers do."""
+        age = time.monotonic() - self._turned_at
+        stuck = self._link is not None and age > _STUCK_SECONDS
+        return http.Health(not stuck and self._pool.crash is None, {"service": self._service.name, "turned_seconds_ago": age})
+
+    def ready(self) -> http.Health:
+        """Whether messages can be received and applied."""
+        connected, problem = self._link is not None, self._pause.problem
+        detail = {"service": self._service.name, "connected": connected, "broker": self._lost, "database": problem}
+        return http.Health(connected and not problem and not self._stopping.is_set(), detail)
+
+    def _say(self, event: str, sentence: str, level: int = logging.INFO) -> None:
+        say(log, level, event, sentence, service=self._service.name)
+
+
+def _words(error: BaseException) -> str:
+    """Return what a client library said, without the password it may have put there."""
+    return mask(str(getattr(error, "reply_text", None) or error) or type(error).__name__)
