@@ -16,12 +16,14 @@ import pytest
 
 from tests.kit.processes import ROOT, Process
 from tests.kit.server_process import ServerMissingError
-from tests.kit.servers import ExternalPostgres, ExternalRabbit, PostgresServer, RabbitServer
+from tests.kit.servers import PostgresServer, RabbitServer, shared_postgres, shared_rabbit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
     from typing import NoReturn
+
+    from tests.kit.servers import ExternalPostgres, ExternalRabbit
 
 #: A test that asks for one of these, itself or through another fixture, gets the marker.
 _MARKERS = {
@@ -40,6 +42,7 @@ class Spawn(Protocol):
 
 #: What tests decide by chance follows from this number alone, so that a run can be repeated.
 SEED = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(10**6))
+os.environ["TEST_SEED"] = str(SEED)  # for the children of a run that is spread over processes
 
 
 def pytest_report_header() -> str:
@@ -69,35 +72,23 @@ def _unavailable(missing: ServerMissingError) -> NoReturn:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer | ExternalPostgres]:
     """The PostgreSQL that ordinary tests share; none of them may stop it."""
-    if url := os.environ.get("TEST_DATABASE_URL"):
-        yield ExternalPostgres(url)
-        return
-    try:
-        server = PostgresServer()
-    except ServerMissingError as missing:
-        _unavailable(missing)
-    try:
-        server.start()
+    with ExitStack() as running:
+        try:
+            server = running.enter_context(shared_postgres(os.environ))
+        except ServerMissingError as missing:
+            _unavailable(missing)
         yield server
-    finally:
-        server.discard()
 
 
 @pytest.fixture(scope="session")
 def rabbit_server() -> Iterator[RabbitServer | ExternalRabbit]:
     """The RabbitMQ that ordinary tests share; none of them may stop it, block it or close others' connections."""
-    try:
-        if url := os.environ.get("TEST_BROKER_URL"):
-            yield ExternalRabbit(url, os.environ.get("TEST_BROKER_MANAGEMENT_URL"))
-            return
-        server = RabbitServer()
-    except ServerMissingError as missing:
-        _unavailable(missing)
-    try:
-        server.start()
+    with ExitStack() as running:
+        try:
+            server = running.enter_context(shared_rabbit(os.environ))
+        except ServerMissingError as missing:
+            _unavailable(missing)
         yield server
-    finally:
-        server.discard()
 
 
 @pytest.fixture

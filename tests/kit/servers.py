@@ -27,7 +27,7 @@ from tests.kit.server_process import STOP_SECONDS, ServerMissingError, ServerPro
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 class PostgresServer(ServerProcess):
@@ -326,3 +326,31 @@ class ExternalRabbit:
         """The AMQP URL of a new virtual host."""
         with self.management.new_vhost(self._user) as name:
             yield urlunsplit(urlsplit(self.url)._replace(path="/" + quote(name, safe="")))
+
+
+@contextlib.contextmanager
+def shared_postgres(environ: Mapping[str, str]) -> Iterator[PostgresServer | ExternalPostgres]:
+    """The PostgreSQL that `TEST_DATABASE_URL` names, else one of our own until the end. Raises ServerMissingError."""
+    if url := environ.get("TEST_DATABASE_URL"):
+        yield ExternalPostgres(url)
+        return
+    server = PostgresServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.discard()
+
+
+@contextlib.contextmanager
+def shared_rabbit(environ: Mapping[str, str]) -> Iterator[RabbitServer | ExternalRabbit]:
+    """The RabbitMQ that `TEST_BROKER_URL` names, else one of our own until the end. Raises ServerMissingError."""
+    if url := environ.get("TEST_BROKER_URL"):
+        yield ExternalRabbit(url, environ.get("TEST_BROKER_MANAGEMENT_URL"))
+        return
+    server = RabbitServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.discard()
