@@ -9,23 +9,15 @@ Failpoints: E1 messages inserted, before COMMIT; E2 messages acknowledged and ot
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outbox.errors import ConfigurationError
+from outbox.embedded.limits import describe
+from outbox.embedded.urls import path_of
 
 if TYPE_CHECKING:
     from kombu.connection import Connection
 
-_PREFIX = "embedded:///"
-
-
-def path_of(url: str) -> Path:
-    """Return the absolute path of the file that *url* names; raise ConfigurationError for any other URL."""
-    name = url.removeprefix(_PREFIX)
-    if not url.startswith(_PREFIX) or not name.strip("/"):
-        raise ConfigurationError(f"BROKER_URL={url}: the embedded broker is a file: embedded:///instance/broker.db")
-    return Path(name).absolute()  # now: the process may change its folder before it connects again
+__all__ = ["connection", "describe", "path_of"]
 
 
 def connection(url: str) -> Connection:

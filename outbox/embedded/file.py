@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outbox.errors import BrokerError, OutboxError
+from outbox.errors import BrokerError, Unavailable
 
 if TYPE_CHECKING:
     import os
@@ -54,7 +54,7 @@ class BrokerFileError(BrokerError):
     """The embedded broker's file can't be used: no SQLite database, another program's, newer than this code, no permission."""
 
 
-class BrokerFileUnavailable(OutboxError):
+class BrokerFileUnavailable(Unavailable):
     """The embedded broker's file can't be used now: locked for too long, disk full, an I/O error, moved away."""
 
 

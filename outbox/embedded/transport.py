@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from outbox.embedded.file import BrokerFile
 
 #: How often an idle connection looks at the file: soon after a message, then less and less often.
-_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.001, 0.02
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.001, 0.025
+#: How old a look at the file may be while messages flow.
+_FLOW_SECONDS = 0.005
 #: How many messages are taken at once where no prefetch limits it.
 _UNLIMITED = 500
 
@@ -87,30 +89,34 @@ class Subscription:
         self._unacknowledged: dict[int, Delivery] = {}
         self._seen: int | None = None  # the data version at which the queue held nothing more
 
-    def next(self) -> Delivery | None:
-        """Return the next message for the callback, None when there is none or this consumer may have none."""
+    def next(self, version: int) -> Delivery | None:
+        """Return the next message for the callback, None when there is none or this consumer may have none.
+
+        *version* is a data version of the file not older than the last commit that is to be seen.
+        """
         if self._cancelled:
             return None
         if not self._waiting:
-            self._look()
+            self._look(version)
         if not self._waiting:
             return None
         delivery = self._waiting.popleft()
         self._unacknowledged[delivery.id] = delivery
         return delivery
 
-    def _look(self) -> None:
+    def _look(self, version: int) -> None:
         credit = self._credit()
-        if credit == 0:
-            return
-        version = self._file.data_version()  # before the look: what commits after it is seen by the next one
-        if version == self._seen:
+        if credit == 0 or version == self._seen:
             return
         if self._ownership is None:
             if not self._lock.take():
                 return
             self._ownership = Ownership.begin(self._file, self._queue, self._lock)
         self._keep(self._ownership.take(credit), credit, version)
+
+    def undelivered(self, queue: int) -> int:
+        """Return how many messages of *queue* are here and not yet given to the callback."""
+        return len(self._waiting) if queue == self._queue else 0
 
     def acknowledge(self, deliveries: list[int]) -> None:
         """Remove *deliveries* for good, and take as many others in the same transaction."""
@@ -176,7 +182,7 @@ class Channel(base.StdChannel):
         self.channel_id = number
         self._queues = connection.queues
         self._prefetch = 0
-        self._subscriptions: dict[str, Subscription] = {}
+        self.subscriptions: dict[str, Subscription] = {}
         self._tags = itertools.count(1)
         self._unacknowledged: dict[int, tuple[Subscription, int]] = {}  # delivery tag → consumer and message, by tag
 
@@ -204,7 +210,16 @@ class Channel(base.StdChannel):
             if not passive:
                 self._queues.declare_queue(queue)
             depth = self._queues.depth(queue)
-        return QueueDeclared(queue, depth.ready, int(depth.consumed))
+            return QueueDeclared(queue, depth.ready + self._undelivered(queue), int(depth.consumed))
+
+    def _undelivered(self, queue: str) -> int:
+        """Return what waits in this connection: nobody has been given it, although the file says so."""
+        if self.connection is None:
+            return 0
+        with self._queues.file.reading() as rows:
+            number = queue_number(rows, queue)
+        every = (held for channel in self.connection.channels.values() for held in channel.subscriptions.values())
+        return sum(subscription.undelivered(number) for subscription in every)
 
     def queue_bind(self, queue: str, exchange: str, routing_key: str = "", **_: Any) -> None:
         """Bind *queue* to *exchange*; *routing_key* may hold `*` and `#`."""
@@ -242,28 +257,25 @@ class Channel(base.StdChannel):
         """Consume *queue* as soon as its present owner is gone; *callback* is called from `drain_events`."""
         # A message that is gone when it is handed over is lost when the handler fails.
         _refuse(f"consumer of queue {queue!r}", no_ack=bool(no_ack))
-        if consumer_tag in self._subscriptions:
+        if consumer_tag in self.subscriptions:
             raise NotAllowed(f"consumer tag {consumer_tag!r} is in use on this channel")
         with self._translated(), self._queues.file.reading() as rows:
             number = queue_number(rows, queue)
             subscription = Subscription(self._queues.file, consumer_tag, number, self._prefetch, callback)
-        self._subscriptions[consumer_tag] = subscription
+        self.subscriptions[consumer_tag] = subscription
         return consumer_tag
 
     def basic_cancel(self, consumer_tag: str, **_: Any) -> None:
         """Deliver nothing more to this consumer; what it holds can still be acknowledged."""
-        subscription = self._subscriptions.pop(consumer_tag, None)
+        subscription = self.subscriptions.pop(consumer_tag, None)
         if subscription is not None:
             subscription.cancel()
 
     def basic_ack(self, delivery_tag: int, multiple: bool = False) -> None:
-        """Remove a delivered message, or *multiple*: all up to this tag. Durable when it returns."""
+        """Remove a delivered message, or *multiple*: all up to this tag (0: all). Durable when it returns."""
         with self._translated():
-            self._check_tag(delivery_tag, multiple)
-            tags = [tag for tag in self._unacknowledged if multiple and (tag <= delivery_tag or delivery_tag == 0)]
-            tags = tags or [delivery_tag]
             by_subscription: dict[Subscription, list[int]] = {}
-            for tag in tags:
+            for tag in self._named(delivery_tag, multiple):
                 subscription, number = self._unacknowledged.pop(tag)
                 by_subscription.setdefault(subscription, []).append(number)
             for subscription, numbers in by_subscription.items():
@@ -272,21 +284,30 @@ class Channel(base.StdChannel):
     def basic_reject(self, delivery_tag: int, requeue: bool) -> None:
         """Deliver a message again (*requeue*), or remove it: there are no dead-letter exchanges here."""
         with self._translated():
-            self._check_tag(delivery_tag, multiple=False)
-            subscription, number = self._unacknowledged.pop(delivery_tag)
+            (tag,) = self._named(delivery_tag, multiple=False)
+            subscription, number = self._unacknowledged.pop(tag)
             if requeue:
                 subscription.give_back(number)
             else:
                 subscription.acknowledge([number])
 
-    def deliver_one(self) -> bool:
-        """Give the next message to its consumer's callback; False when there is none."""
-        for subscription in list(self._subscriptions.values()):
+    def _named(self, delivery_tag: int, multiple: bool) -> list[int]:
+        """Return the delivery tags that a settlement names; one that is not outstanding closes the channel, as in RabbitMQ."""
+        if multiple and delivery_tag == 0:
+            return list(self._unacknowledged)
+        if delivery_tag not in self._unacknowledged:
+            self.close()  # whoever settles what he does not have may have settled the wrong message before
+            raise PreconditionFailed(f"unknown delivery tag {delivery_tag}")
+        return [tag for tag in self._unacknowledged if tag <= delivery_tag] if multiple else [delivery_tag]
+
+    def deliver_one(self, version: int) -> bool:
+        """Give the next message, as of the file's *version*, to its consumer's callback; False when there is none."""
+        for subscription in list(self.subscriptions.values()):
             with self._translated():
-                delivery = subscription.next()
+                delivery = subscription.next(version)
             if delivery is not None:
                 # The next turn begins with the consumers after this one: a full queue must not starve the others.
-                self._subscriptions[subscription.tag] = self._subscriptions.pop(subscription.tag)
+                self.subscriptions[subscription.tag] = self.subscriptions.pop(subscription.tag)
                 tag = next(self._tags)
                 self._unacknowledged[tag] = (subscription, delivery.id)
                 subscription.callback(Message(self, tag, subscription.tag, delivery))
@@ -295,19 +316,13 @@ class Channel(base.StdChannel):
 
     def close(self) -> None:
         """Give up all consumers; their queues go to the next ones. Doing so again changes nothing."""
-        for subscription in {*self._subscriptions.values(), *(held for held, _ in self._unacknowledged.values())}:
+        for subscription in {*self.subscriptions.values(), *(held for held, _ in self._unacknowledged.values())}:
             subscription.close()
-        self._subscriptions.clear()
+        self.subscriptions.clear()
         self._unacknowledged.clear()
         if self.connection is not None:
             self.connection.channels.pop(self.channel_id, None)
             self.connection = None
-
-    def _check_tag(self, delivery_tag: int, multiple: bool) -> None:
-        if delivery_tag in self._unacknowledged or (multiple and delivery_tag == 0):
-            return
-        self.close()  # as RabbitMQ does: whoever settles what is not his may have settled the wrong message before
-        raise PreconditionFailed(f"unknown delivery tag {delivery_tag}")
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -334,6 +349,8 @@ class Connection:
         self.queues = queues
         self.channels: dict[int, Channel] = {}
         self.connected = True
+        self._version, self._version_until = 0, 0.0  # the file's data version, and how long it may serve
+        self._pause = _FIRST_PAUSE_SECONDS  # kept from call to call: callers wait in short slices
         self._numbers = itertools.count(1)
 
     def channel(self) -> Channel:
@@ -345,15 +362,35 @@ class Connection:
     def drain_events(self, timeout: float | None = None) -> None:
         """Deliver one message to its callback; raise TimeoutError when none came for *timeout* seconds (None: no limit)."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        pause = _FIRST_PAUSE_SECONDS
-        while not any(channel.deliver_one() for channel in list(self.channels.values())):
-            if not self.connected:
-                raise RecoverableConnectionError("the connection is closed")
+        while not self._deliver_one():
             remaining = _LAST_PAUSE_SECONDS if deadline is None else deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError("no message")
-            time.sleep(min(pause, remaining))
-            pause = min(pause * 1.5, _LAST_PAUSE_SECONDS)
+            time.sleep(min(self._pause, remaining))
+            self._pause = min(self._pause * 1.5, _LAST_PAUSE_SECONDS)
+        self._pause = _FIRST_PAUSE_SECONDS
+
+    def _deliver_one(self) -> bool:
+        if not self.connected:
+            raise RecoverableConnectionError("the connection is closed")
+        # While messages flow, consumers without any need not look at the file at every one of the others'.
+        if time.monotonic() < self._version_until and self._deliver_as_of(self._version):
+            return True
+        try:
+            self._version = self.queues.file.data_version()  # before the look: what commits after it is for the next one
+        except BrokerFileUnavailable as error:
+            self.close()
+            raise RecoverableConnectionError(str(error)) from error
+        self._version_until = time.monotonic() + _FLOW_SECONDS
+        return self._deliver_as_of(self._version)
+
+    def _deliver_as_of(self, version: int) -> bool:
+        for channel in list(self.channels.values()):
+            # Behind the others from now on: a channel with much to deliver must not starve them.
+            self.channels[channel.channel_id] = self.channels.pop(channel.channel_id)
+            if channel.deliver_one(version):
+                return True
+        return False
 
     def close(self) -> None:
         """Close the channels and the file; doing so again changes nothing."""

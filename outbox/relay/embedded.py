@@ -9,21 +9,19 @@ import time
 from typing import TYPE_CHECKING
 
 from outbox.backoff import Backoff
-from outbox.embedded import path_of
 from outbox.embedded.file import BrokerFileError, BrokerFileUnavailable
 from outbox.embedded.queues import Publication, Queues
-from outbox.logs import say
+from outbox.embedded.urls import path_of
 from outbox.message import cloud_event
 from outbox.relay.broker import NOT_SENT, Answer, BrokerState, Outcome
 from outbox.relay.frames import CONTENT_TYPE
+from outbox.relay.news import News
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from outbox.message import Message
     from outbox.relay.broker import Outgoing
-
-log = logging.getLogger(__name__)
 
 _REOPEN = Backoff(base_seconds=0.1, maximum_seconds=5.0)
 
@@ -47,7 +45,8 @@ class EmbeddedBroker:
         self._state = BrokerState(connected=False, detail=f"{self._path} is not open yet")
         self._failures = 0
         self._next_try = 0.0  # time.monotonic()
-        self._told = ""
+        self._news = News()
+        self._proven = False  # whether anything was published since the file was opened
 
     def start(self) -> None:
         """Open the file. Whatever is wrong with it is said by `state`, and it is tried again."""
@@ -106,7 +105,9 @@ class EmbeddedBroker:
         except (BrokerFileUnavailable, BrokerFileError) as error:
             self._fail(error)
             return False
+        self._proven = False
         self._state = BrokerState(connected=True)
+        self._news.connected(f"opened {self._path}, exchange {self._exchange}")
         return True
 
     def _publish(self, publications: Sequence[Publication]) -> list[int] | None:
@@ -119,30 +120,23 @@ class EmbeddedBroker:
             self._fail(error)
             return None
         self._failures = 0
-        self._tell("connected", logging.INFO, f"publishing to {self._path}, exchange {self._exchange}")
+        self._proven = True
+        self._news.confirmed(f"{self._path} takes messages again")
         return reached
 
     def _fail(self, error: BrokerFileError | BrokerFileUnavailable) -> None:
+        refused = isinstance(error, BrokerFileError)
+        self._news.doubt(self._queues is not None and not self._proven)
+        self._news.trouble("refused" if refused else "lost", str(error), logging.ERROR if refused else logging.WARNING)
         self._close()
         self._failures += 1
         self._next_try = time.monotonic() + self._reopen.wait(self._failures, self._random)
-        refused = isinstance(error, BrokerFileError)
         self._state = BrokerState(connected=False, detail=str(error), refused=refused)
-        if refused:
-            self._tell("refused", logging.ERROR, str(error))
-        else:
-            self._tell("lost", logging.WARNING, f"{error}; trying again until it works")
 
     def _close(self) -> None:
         if self._queues is not None:
             self._queues.close()
             self._queues = None
-
-    def _tell(self, news: str, level: int, sentence: str) -> None:
-        """Log a change of state: each once, however often it is found again."""
-        if news != self._told:
-            self._told = news
-            say(log, level, f"broker.{news}", sentence)
 
     # --- messages -----------------------------------------------------------------------------------------------------------
 
