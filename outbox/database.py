@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.exc import NoSuchModuleError
+
+from outbox.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine, ExceptionContext
@@ -19,14 +22,22 @@ _READ_ONLY = "25006"
 
 
 def create_engine(url: str, **options: Any) -> Engine:
-    """Return an engine for *url* that keeps parameters (hence payloads) out of errors and survives a server's restart."""
+    """Return an engine for *url* that keeps parameters (hence payloads) out of errors and survives a server's restart.
+
+    Makes the folder of a SQLite file. Raises ConfigurationError where the driver is not installed.
+    """
     options.setdefault("hide_parameters", True)
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
         options.setdefault("pool_pre_ping", True)
-    elif parsed.database:
+    elif parsed.database and not parsed.database.startswith("file:"):
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    return prepare(sa.create_engine(url, **options))
+    try:
+        return prepare(sa.create_engine(url, **options))
+    except (ModuleNotFoundError, NoSuchModuleError) as error:
+        extra = {"postgresql": "outbox[postgres]", "mysql": "outbox[mysql]"}.get(parsed.get_backend_name())
+        fix = f"pip install '{extra}'" if extra else "correct the URL"
+        raise ConfigurationError(f"{parsed.drivername}://…: its driver is not installed ({error}); {fix}") from error
 
 
 def prepare(engine: Engine) -> Engine:
@@ -41,6 +52,20 @@ def prepare(engine: Engine) -> Engine:
     else:
         event.listen(engine, "handle_error", _drop_demoted_primary)
     return engine
+
+
+def reading(engine: Engine) -> Engine:
+    """Return *engine* for reads: outside a transaction, or on SQLite in one that does not lock writers out."""
+    if engine.dialect.name == "sqlite":
+        return engine.execution_options(outbox_read_only=True)
+    return autocommitting(engine)
+
+
+def autocommitting(engine: Engine) -> Engine:
+    """Return *engine* for single statements that commit by themselves: a process stopped meanwhile leaves no lock behind."""
+    if engine.dialect.name == "sqlite":
+        return engine  # a statement is as short as its transaction: nothing is asked of a server in between
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def is_prepared(engine: Engine) -> bool:

@@ -14,6 +14,7 @@ K4 is reached it raises. Commands arm them at start; unarmed, a failpoint is one
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ def arm(environ: Mapping[str, str]) -> None:
     for item in filter(None, environ.get("OUTBOX_FAILPOINTS", "").split(",")):
         name, _, rest = item.partition("=")
         action, _, count = rest.partition("@")
-        if action not in ACTIONS or not (count or "1").isdigit():
+        if not name.strip() or action not in ACTIONS or not re.fullmatch(r"[1-9][0-9]{0,8}", count or "1"):
             raise ConfigurationError(f"OUTBOX_FAILPOINTS: {item!r} is not NAME=ACTION[@COUNT] with one of {', '.join(ACTIONS)}")
         _armed[name.strip()] = (action, int(count or "1"))
 

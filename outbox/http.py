@@ -45,9 +45,10 @@ class Server:
 
     def stop(self) -> None:
         """Stop answering and free the port."""
-        self._server.shutdown()
+        if self._thread.is_alive():  # shutdown() waits for a loop that was never begun
+            self._server.shutdown()
+            self._thread.join()
         self._server.server_close()
-        self._thread.join()
 
 
 class _Listener(ThreadingHTTPServer):
@@ -59,11 +60,12 @@ def _handler(live: Callable[[], Health], ready: Callable[[], Health]) -> type[Ba
         timeout = 5  # seconds: a client that says nothing must not keep a thread
 
         def do_GET(self) -> None:
-            if self.path in ("/livez", "/readyz"):
-                health = live() if self.path == "/livez" else ready()
+            path = self.path.partition("?")[0]
+            if path in ("/livez", "/readyz"):
+                health = live() if path == "/livez" else ready()
                 body = json.dumps({"ok": health.ok, **health.detail}, default=str).encode()
                 self._answer(200 if health.ok else 503, body, "application/json")
-            elif self.path == "/metrics":
+            elif path == "/metrics":
                 rendered = metrics.render()
                 if rendered is None:
                     self._answer(501, b"install outbox[metrics]\n", "text/plain")

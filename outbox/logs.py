@@ -21,13 +21,14 @@ def say(logger: logging.Logger, level: int, event: str, sentence: str, **fields:
 
 
 class ConsoleFormatter(logging.Formatter):
-    """`12:00:01 INFO broker.connected connected to amqp://… exchange=openevent`."""
+    """`12:00:01.250 INFO    broker.connected: connected to amqp://… exchange=openevent`. One line, whatever was said."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S.%f")[:-3]
         event = getattr(record, _EVENT, record.name)
         fields = "".join(f" {name}={value}" for name, value in getattr(record, _FIELDS, {}).items())
-        text = f"{moment} {record.levelname:<7} {event}: {record.getMessage()}{fields}"
+        said = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{record.getMessage()}{fields}")
+        text = f"{moment} {record.levelname:<7} {event}: {said}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
@@ -58,3 +59,4 @@ def configure(log_format: str, level: int = logging.INFO) -> None:
     # pika writes the first 255 bytes of every returned body at WARNING: payload has no business in a log.
     for noisy in ("pika", "amqp", "kombu"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each plugin that it loads

@@ -153,6 +153,8 @@ def encode(data: Any, *, limit: int) -> bytes:
 
 
 def _plain(value: Any) -> Any:
+    if hasattr(type(value), "__mapper__"):  # also one that is a dataclass: its fields may load, and change with the schema
+        raise TypeError(type(value).__name__)
     if isinstance(value, datetime):
         return value.isoformat().replace("+00:00", "Z")
     if isinstance(value, (date, time_of_day)):
@@ -194,7 +196,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple)):
         for number, inner in enumerate(value):
             yield from _leaves(inner, f"{path}[{number}]")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "__mapper__"):
         for item in dataclasses.fields(value):
             yield from _leaves(getattr(value, item.name), f"{path}.{item.name}")
     else:
@@ -251,7 +253,7 @@ def received(wire: bytes) -> Received:
         created_at=_time(event.pop("time", None)),
         data=data,
         content_type=content_type,
-        headers=MappingProxyType({name: str(value) for name, value in event.items()}),
+        headers=MappingProxyType({name: _canonical(value) for name, value in event.items()}),
     )
 
 
@@ -262,7 +264,12 @@ def _object(wire: bytes) -> dict[str, Any]:
         raise InvalidMessage(f"no JSON: {error}") from error
     if not isinstance(event, dict):
         raise InvalidMessage(f"no CloudEvents event: the JSON is no object but {type(event).__name__}")
-    return event
+    return {name: value for name, value in event.items() if value is not None}  # null means: not there
+
+
+def _canonical(value: object) -> str:
+    """Return an attribute as CloudEvents writes it in text."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _text(event: dict[str, Any], name: str, default: str | None = None) -> str:
@@ -274,9 +281,10 @@ def _text(event: dict[str, Any], name: str, default: str | None = None) -> str:
 
 def _number(value: object) -> int | None:
     """Foreign events may carry any sequence; only a plain 64-bit number says something about order."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and int(value) < 2**63:
-        return int(value)
-    return None
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,64}", value):  # int() of thousands of digits raises
+        return None
+    number = int(value)
+    return number if number < 2**63 else None
 
 
 def _time(value: object) -> datetime | None:

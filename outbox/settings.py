@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from outbox import duration
+from outbox import amqp_url, duration
 from outbox.errors import ConfigurationError, InvalidMessage
 from outbox.logs import say
 from outbox.message import check_name
@@ -102,7 +102,7 @@ def _database_url(value: object) -> str:
     text = str(value)
     try:
         url = make_url(text.replace("{service}", "service"))
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise ValueError(
             "it must be a URL such as postgresql+psycopg://user:password@host/name or sqlite:///file.db"
         ) from error
@@ -129,6 +129,10 @@ def _broker_url(value: object) -> str:
         raise ValueError("it names no host: amqp://user:password@host:5672/vhost")
     if not parts.username or not parts.password:
         raise ValueError("it names no user and password; clients would silently use guest/guest")
+    try:
+        amqp_url.parse(text)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from error
     return text
 
 
@@ -257,9 +261,13 @@ def load(
     _refuse_unknown({name for name in config if name.startswith(_PREFIXES)}, "app.config", problems)
     _refuse_unknown(project, "pyproject.toml", problems)
     _look_at_environment(environ, problems)
+    if folder is not None:  # a command; an app may have names of its own for its database
+        _refuse_misspelled(environ, {*arguments, *environ}, problems)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    sources = (("argument", arguments), ("app.config", config), ("environment", environ), ("pyproject.toml", project))
+    # An empty variable is how compose files and shells write "not set".
+    filled = {name: value for name, value in environ.items() if value.strip()}
+    sources = (("argument", arguments), ("app.config", config), ("environment", filled), ("pyproject.toml", project))
     for name, item in _FIELDS.items():
         origin, raw = next(((where, given[name]) for where, given in sources if given.get(name) is not None), ("default", None))
         if raw is None:
@@ -305,6 +313,9 @@ def _project_table(folder: Path | None, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("outbox", {})
+        if not isinstance(table, dict):
+            problems.append(f"{path}: [tool.outbox] must be a table")
+            return {}
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         problems.append(f"{path}: {error}")
         return {}
@@ -327,6 +338,13 @@ def _look_at_environment(environ: Mapping[str, str], problems: list[str]) -> Non
             "settings.unknown",
             f"no settings of this program: {', '.join(others)}; `outbox config` lists them",
         )
+
+
+def _refuse_misspelled(environ: Mapping[str, str], given: set[str], problems: list[str]) -> None:
+    """DATABSE_URL, while nothing says DATABASE_URL: the process would work on another database than was meant."""
+    for right in (name for name in _FIELDS if not name.startswith(_PREFIXES) and name not in given):
+        close = difflib.get_close_matches(right, environ, n=1, cutoff=0.9)
+        problems += [f"{name} (environment) is no setting; did you mean {right}?" for name in close]
 
 
 def _meant(name: str) -> str:
@@ -356,8 +374,9 @@ def _contradictions(settings: Settings) -> list[str]:
 
 
 def mask(text: str) -> str:
-    """Return *text* with the password of a URL in it replaced by `***`."""
-    return re.sub(r"(?<=://)([^:/@\s]*):.*@", r"\1:***@", text)
+    """Return *text* with the passwords of URLs in it, also those in their queries, replaced by `***`."""
+    text = re.sub(r"(?<=://)([^:/@\s]*):.*@", r"\1:***@", text)
+    return re.sub(r"(?i)([?&][a-z_]*(?:password|passwd|pwd|secret|token)=)[^&\s]*", r"\1***", text)
 
 
 def _shown(item: dataclasses.Field[Any], value: object) -> str:
