@@ -210,6 +210,7 @@ class Relay:
         now = self._clock()
         due = [now + _TURN_SECONDS]
         if self._database.may_try(now):
+            due.append(now + self.shards.keep_in())
             due += [
                 at for at in (self.pump.settle_due_at, self.pump.read_due_at if self._may_read() else None) if at is not None
             ]
@@ -228,6 +229,7 @@ class Relay:
         if read_at is not None and read_at <= now and self._may_read():
             self.pump.read()
             self._passes += 1
+        self.pump.prove()
         self._report(now)
 
     def _keep_shards(self) -> None:
@@ -258,7 +260,7 @@ class Relay:
             self._beat_at = now + _HEARTBEAT_SECONDS
             broker = self._broker.state()
             telemetry.show_broker(broker)
-            with self._engine.begin() as connection:
+            with database.autocommitting(self._engine).begin() as connection:
                 state = "idle" if self.shards.holder else self._state
                 leases.beat(
                     connection, self.id, state, connected=broker.connected, blocked=broker.blocked, detail=broker.detail
@@ -267,7 +269,7 @@ class Relay:
                     self._forget_at = now + _FORGET_SECONDS
                     leases.forget_old(connection)
         if now >= self._census_at and self._mode is Mode.RUN:
-            with self._engine.connect() as connection:
+            with database.reading(self._engine).connect() as connection:
                 telemetry.show(drain.census(connection))
             ended = self._clock()
             self._census_at = ended + max(_CENSUS_SECONDS, (ended - now) * _CENSUS_SPACING)
@@ -284,7 +286,8 @@ class Relay:
             self._turned_at = now = self._clock()
             if self._database.may_try(now):
                 with self._database.attempt():
-                    self._keep_shards()
+                    if self.shards.owned:
+                        self._keep_shards()
                     self.pump.settle()
         while not self._database.within(self._leave) and self._clock() < deadline:
             self._broker.answers(_TURN_SECONDS)
@@ -296,7 +299,7 @@ class Relay:
     def _leave(self) -> None:
         self.pump.settle()
         self.shards.release()
-        with self._engine.begin() as connection:
+        with database.autocommitting(self._engine).begin() as connection:
             leases.depart(connection, self.id)
 
     # --- one pass, and drain ---
@@ -333,7 +336,7 @@ class Relay:
         census: list[drain.Census] = []
 
         def count() -> None:
-            with self._engine.connect() as connection:
+            with database.reading(self._engine).connect() as connection:
                 census.append(drain.census(connection))
 
         if not self._database.within(count):

@@ -126,6 +126,11 @@ class Lanes:
         """Return the keys of which a read must leave out the rest: enough is loaded."""
         return self._saturated.keys()
 
+    @property
+    def wants_revisit(self) -> bool:
+        """Whether rows were passed over that may be loaded now."""
+        return self._revisit is not None
+
     def take_revisit(self) -> int | None:
         """Return, once, the id above which rows were passed over that may be loaded now."""
         revisit, self._revisit = self._revisit, None

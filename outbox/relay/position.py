@@ -8,6 +8,7 @@ reads in between skip, and order never depends on it (see `Lanes.prove`).
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 #: A read from the start takes at most about a tenth of the time, and comes at most this often, and this often if cheap.
@@ -33,9 +34,10 @@ class Position:
         """Something below may have become free: read from the start as soon as its cost allows."""
         self._full_wanted = True
 
-    def full_due(self, now: float) -> bool:
-        """Say whether a read from the start is wanted, and may be made."""
-        return self._full_wanted and now >= self._full_at
+    @property
+    def full_wanted_at(self) -> float:
+        """When a read from the start should be made for which somebody waits; infinity when nobody does."""
+        return self._full_at if self._full_wanted else math.inf
 
     def next(self, now: float, revisit: int | None) -> int:
         """Return the id after which to read: 0 when a read from the start is due, else at most *revisit*."""

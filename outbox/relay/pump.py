@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from outbox import failpoints
+from outbox import database, failpoints
 from outbox.message import Message
 from outbox.relay import telemetry, verdict
 from outbox.relay.broker import NOT_SENT, PRECONDITION, Answer, Outcome, Outgoing
@@ -70,7 +70,7 @@ class Pump:
         rng: random.Random | None = None,
     ) -> None:
         self._engine = engine
-        self._reading = reading_engine(engine)
+        self._reading = database.reading(engine)
         self._broker = broker
         self._shards = shards
         self._policy = policy
@@ -207,7 +207,9 @@ class Pump:
     @property
     def read_due_at(self) -> float | None:
         """When the next read should begin; None while there is no room for more."""
-        return self._read_at if self._room() else None
+        if not self._room():
+            return None
+        return 0.0 if self.lanes.wants_revisit else min(self._read_at, self._position.full_wanted_at)
 
     def _room(self) -> int:
         """Return how many rows may be read: no sliver of a batch, so that a busy relay reads whole ones."""
@@ -238,15 +240,22 @@ class Pump:
             content = drain.messages(connection, [row.message_row for row in chosen], max_bytes=_READ_BYTES)
             loaded = [self._item(row, content) for row in chosen if row.message_row not in content.postponed]
             self.lanes.load(loaded)
-            asked = self.lanes.unproven()
-            if asked and self.lanes.prove(asked, drain.predecessors(connection, asked)):
-                self._position.want_full()
         if content.postponed:
             self._position.stop_before(min(row.id for row in chosen if row.message_row in content.postponed))
         self.exhausted = after == 0 and not rows and self.lanes.idle
         self._plan_next_read(ended, len(rows), more=len(rows) == room or bool(content.postponed))
         failpoints.reached("R1")
         return len(loaded)
+
+    def prove(self) -> None:
+        """Ask, for keys whose previous message this relay did not deliver itself, whether an earlier one is still there."""
+        asked = self.lanes.unproven()
+        if not asked:
+            return
+        with self._reading.connect() as connection:
+            waits = drain.predecessors(connection, asked)
+        if self.lanes.prove(asked, waits):
+            self._position.want_full()
 
     def _item(self, row: Row, content: drain.Content) -> Item:
         message = content.found.get(row.message_row)
@@ -310,10 +319,3 @@ class Pump:
 
 def _anything(_item: Item) -> bool:
     return True
-
-
-def reading_engine(engine: Engine) -> Engine:
-    """Return *engine* for reads alone: without a transaction, or on SQLite in one that does not lock out writers."""
-    if engine.dialect.name == "sqlite":
-        return engine.execution_options(outbox_read_only=True)
-    return engine.execution_options(isolation_level="AUTOCOMMIT")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from outbox import database
 from outbox.store import leases
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Shards:
     """The shards of relay *relay_id*: taken, renewed, given back, lost."""
 
     def __init__(self, engine: Engine, relay_id: str, lease_seconds: float, clock: Callable[[], float] = boottime) -> None:
-        self._engine = engine
+        self._engine = database.autocommitting(engine)
         self._relay_id = relay_id
         self._lease_seconds = lease_seconds
         self._clock = clock
@@ -50,6 +51,10 @@ class Shards:
     def valid(self) -> bool:
         """Say whether it may publish: the lease, counted from before its renewal was sent, has not run out."""
         return self.owned and self._clock() < self._ends_at
+
+    def keep_in(self) -> float:
+        """Return in how many seconds `keep` has something to do."""
+        return max(0.0, self._look_at - self._clock())
 
     def keep(self) -> bool:
         """Take or renew the shards if it is time to; returns True when they were just taken or just lost."""

@@ -94,5 +94,6 @@ def _returned(row: Row, policy: Policy) -> Verdict:
 
 
 def _clean(detail: str) -> str:
-    """A database text holds no NUL, and a row no novel."""
-    return f": {detail.replace(chr(0), '')[:500]}" if detail else ""
+    """A database text holds no NUL and no lone surrogate, and a row no novel."""
+    text = detail.replace("\0", "").encode(errors="replace").decode()
+    return f": {text[:500]}" if text else ""

@@ -278,6 +278,13 @@ def predecessors(connection: Connection, ids: Collection[int]) -> dict[int, bool
 # --- settling -----------------------------------------------------------------------------------------------------------
 
 
+#: For this transaction alone. A relay that is stopped in it must not keep its locks from the relay that takes over; and one
+#: that has to wait for somebody else's locks must go on renewing its leases, and come back.
+_IMPATIENCE = sa.select(
+    sa.func.set_config("idle_in_transaction_session_timeout", "5s", True), sa.func.set_config("lock_timeout", "2s", True)
+)
+
+
 @cache
 def _delete(dialect: str) -> Any:
     return sa.delete(pending).where(_among(pending.c.id, "ids", sa.BigInteger(), dialect)).returning(pending.c.id)
@@ -313,6 +320,8 @@ def settle(connection: Connection, relay: str, confirmed: Sequence[Confirmed], c
     """
     deleted = 0
     dialect = connection.dialect.name
+    if dialect == "postgresql":
+        connection.execute(_IMPATIENCE)
     if confirmed:
         gone = set(connection.scalars(_delete(dialect), {"ids": _list([each.id for each in confirmed], dialect)}))
         deleted = len(gone)

@@ -1,4 +1,7 @@
-"""Statements about who works: the shards and their leases, the relays and their heartbeats. All by the database's clock."""
+"""Statements about who works: the shards and their leases, the relays and their heartbeats. All by the database's clock.
+
+Each is one statement that commits by itself: a relay that is stopped in the middle must leave no lock behind.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +35,35 @@ class Holder:
 def take(connection: Connection, relay_id: str, lease_seconds: float) -> dict[int, int] | Holder:
     """Take all shards if all are free, and return the epoch of each; otherwise who has them."""
     dialect = connection.dialect.name
-    rows = connection.execute(
-        sa.select(shard.c.id, shard.c.owner, shard.c.epoch, shard.c.lease_until, now(dialect).label("now"))
-        .order_by(shard.c.id)
-        .with_for_update(),
-        clock(dialect),
-    ).all()
-    others = [row for row in rows if row.owner not in (None, relay_id) and row.lease_until is not None]
-    latest = max(others, key=lambda row: row.lease_until, default=None)
-    if latest is not None and latest.lease_until > latest.now:
-        return Holder(latest.owner, (latest.lease_until - latest.now).total_seconds())
-    connection.execute(
-        sa.update(shard).values(owner=relay_id, epoch=shard.c.epoch + 1, lease_until=now(dialect, "lease")),
+    other = shard.alias("other")
+    taken = connection.execute(
+        sa.update(shard)
+        # The row itself is looked at too: after waiting for another taker the subquery would not see what that one wrote.
+        .where(_free(shard, relay_id, dialect), ~sa.exists(sa.literal(1)).where(~_free(other, relay_id, dialect)))
+        .values(owner=relay_id, epoch=shard.c.epoch + 1, lease_until=now(dialect, "lease"))
+        .returning(shard.c.id, shard.c.epoch),
         clock(dialect, lease=lease_seconds),
     )
-    return {row.id: row.epoch + 1 for row in rows}
+    epochs = {id_: epoch for id_, epoch in taken}  # noqa: C416 - typed
+    return epochs or _holder(connection, relay_id)
+
+
+def _free(row: sa.FromClause, relay_id: str, dialect: str) -> sa.ColumnElement[bool]:
+    return sa.or_(row.c.owner.is_(None), row.c.owner == relay_id, row.c.lease_until <= now(dialect))
+
+
+def _holder(connection: Connection, relay_id: str) -> Holder:
+    dialect = connection.dialect.name
+    row = connection.execute(
+        sa.select(shard.c.owner, shard.c.lease_until, now(dialect).label("now"))
+        .where(shard.c.owner != relay_id, shard.c.lease_until.is_not(None))
+        .order_by(shard.c.lease_until.desc())
+        .limit(1),
+        clock(dialect),
+    ).first()
+    if row is None:  # it has just given them back
+        return Holder("", 0.0)
+    return Holder(row.owner, (row.lease_until - row.now).total_seconds())
 
 
 def renew(connection: Connection, relay_id: str, lease_seconds: float) -> bool:
