@@ -15,11 +15,14 @@ path the virtual host is `/`. With `amqps` the certificate and the host name are
 
 from __future__ import annotations
 
-import ssl
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from outbox.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import ssl
 
 _PORTS = {"amqp": 5672, "amqps": 5671}
 _TLS_PARAMETERS = ("cacertfile", "certfile", "keyfile", "server_name_indication")
@@ -55,6 +58,8 @@ class AmqpUrl:
 
         Raises ConfigurationError for files that can't be read.
         """
+        import ssl  # the web process reads URLs too, and need not load it for that
+
         if not self.tls:
             return None
         try:

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from outbox.message import Message, new_id
 from outbox.relay.broker import Outgoing
+from tests.builders import message
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
     from outbox.relay.broker import Answer, Broker
-
-
-def message(**changes: Any) -> Message:
-    """A small message on `session.modified`, with *changes*."""
-    values: dict[str, Any] = {
-        "id": new_id(),
-        "source": "/tests",
-        "topic": "session.modified",
-        "body": b'{"session_id":7}',
-        "created_at": datetime(2017, 7, 1, 12, 0, 0, 250_000, UTC),
-    }
-    return Message(**{**values, **changes})
 
 
 def batch(count: int, first: int = 1, **changes: Any) -> list[Outgoing]:
