@@ -25,6 +25,7 @@ from tests.kit.ports import free_port
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
     from types import TracebackType
     from typing import Self
@@ -129,7 +130,9 @@ class Session:
 
     def serve(self) -> None:
         """Talk until one of the two hangs up."""
-        with contextlib.suppress(OSError, ConnectionError):
+        with contextlib.suppress(OSError):
+            if self._server.tls is not None:
+                self._socket = self._server.tls.wrap_socket(self._socket, server_side=True)
             self._talk()
         with self._lock:
             self._socket.close()
@@ -207,10 +210,12 @@ def acknowledge(session: Session, publish: Publish) -> None:
 class ScriptedAmqp:
     """Listens on `127.0.0.1:port` from `start` to `stop`; as a context manager, inside it."""
 
-    def __init__(self, script: Callable[[Session, Publish], None] = silence) -> None:
+    def __init__(self, script: Callable[[Session, Publish], None] = silence, *, tls: ssl.SSLContext | None = None) -> None:
+        """With *tls*, only the script may answer: a TLS connection is no matter for two threads."""
         self.port = free_port()
-        self.url = f"amqp://user:secret@127.0.0.1:{self.port}/%2F"
+        self.url = f"amqp{'s' if tls else ''}://user:secret@127.0.0.1:{self.port}/%2F"
         self.script = script
+        self.tls = tls
         #: Method of the client → code and words with which the server closes instead of answering it.
         self.refusals: dict[type, tuple[int, str]] = {}
         #: While true, connections are taken and nothing is said on them.

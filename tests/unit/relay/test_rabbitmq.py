@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -550,6 +552,35 @@ def test_a_url_that_cannot_be_used_is_refused_at_once(url: str, problem: str) ->
     with pytest.raises(ConfigurationError, match=problem) as refused:
         RabbitBroker(url, exchange="openevent")
     assert "secret" not in str(refused.value)
+
+
+# --- TLS ------------------------------------------------------------------------------------------------------------------
+
+TLS = Path(__file__).parents[2] / "kit" / "tls"
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        (f"?cacertfile={TLS / 'authority.pem'}&server_name_indication=broker.test", ""),
+        (f"?cacertfile={TLS / 'authority.pem'}&server_name_indication=other.test", "Hostname mismatch"),
+        (f"?cacertfile={TLS / 'authority.pem'}", "IP address mismatch"),
+        ("?server_name_indication=broker.test", "unable to get local issuer certificate"),
+    ],
+    ids=["its name and its authority", "another name", "the address in the URL", "an unknown authority"],
+)
+def test_only_a_certificate_of_the_right_name_and_authority_is_accepted(query: str, problem: str) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(TLS / "broker.pem")
+    with ScriptedAmqp(acknowledge, tls=context) as server:
+        server.url += query
+        with relay_on(server, wait=False) as broker:
+            state = eventually(lambda: broker.state() if broker.state().connected or broker.state().refused else None)
+            assert state is not None
+            assert problem in state.detail
+            assert state.refused == bool(problem)
+            broker.send(batch(1))
+            assert outcomes(answered(broker, 1)) == {1: Outcome.LOST if problem else Outcome.CONFIRMED}
 
 
 # --- anything may happen --------------------------------------------------------------------------------------------------
