@@ -9,27 +9,22 @@ import pytest
 from outbox.relay.news import News
 
 
-@pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+@pytest.fixture(autouse=True)
+def _listen(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="outbox")
-    return caplog.records
 
 
-def sentences(records: list[logging.LogRecord]) -> list[str]:
-    return [record.getMessage() for record in records]
-
-
-def test_troubles_that_alternate_are_told_once_each_until_all_is_well(lines: list[logging.LogRecord]) -> None:
+def test_troubles_that_alternate_are_told_once_each_until_all_is_well(caplog: pytest.LogCaptureFixture) -> None:
     news = News()
     for _ in range(3):
         news.trouble("blocked", "memory alarm")
         news.trouble("lost", "no confirm")
     news.well("connected")
     news.trouble("lost", "no confirm")
-    assert sentences(lines) == ["memory alarm", "no confirm", "connected", "no confirm"]
+    assert caplog.messages == ["memory alarm", "no confirm", "connected", "no confirm"]
 
 
-def test_after_a_connection_that_confirmed_nothing_only_a_confirm_is_good_news(lines: list[logging.LogRecord]) -> None:
+def test_after_a_connection_that_confirmed_nothing_only_a_confirm_is_good_news(caplog: pytest.LogCaptureFixture) -> None:
     news = News()
     news.connected("connected")
     news.trouble("refused", "403", logging.ERROR)
@@ -40,5 +35,5 @@ def test_after_a_connection_that_confirmed_nothing_only_a_confirm_is_good_news(l
     news.connected("connected")
     news.confirmed("takes messages again")
     news.confirmed("takes messages again")
-    assert sentences(lines) == ["connected", "403", "takes messages again"]
-    assert [record.levelname for record in lines] == ["INFO", "ERROR", "INFO"]
+    assert caplog.messages == ["connected", "403", "takes messages again"]
+    assert [record.levelname for record in caplog.records] == ["INFO", "ERROR", "INFO"]
