@@ -22,5 +22,5 @@ def format(seconds: float) -> str:
         count = seconds / _SECONDS[unit]
         if count >= 1 and count == int(count):
             return f"{int(count)}{unit}"
-    milliseconds = seconds * 1000
-    return f"{milliseconds:g}ms" if seconds < 1 else f"{seconds:g}s"
+    number, unit = (seconds * 1000, "ms") if seconds < 1 else (seconds, "s")
+    return f"{number:.3f}".rstrip("0").rstrip(".") + unit
