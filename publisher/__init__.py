@@ -1,0 +1,68 @@
+"""The Open Event API: conferences over HTTP, with the signals of 2017. `create_app()` makes the application."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import click
+from flask import Flask
+
+from outbox import OutboxError
+from outbox.database import create_engine
+from outbox.settings import load
+from publisher import api, commands, database, migrations
+from publisher.topics import outbox
+
+if TYPE_CHECKING:
+    from flask import Response
+
+    from outbox.settings import Settings
+
+#: Where pyproject.toml says what runs without any setting.
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def create_app(config: Mapping[str, Any] = MappingProxyType({})) -> Flask:
+    """Return the application; *config* goes before the environment, and that before `[tool.outbox]`.
+
+    It connects to nothing, so that it starts before its servers are up; in embedded mode it makes folders and tables.
+    Raises ConfigurationError; under the `flask` command its text alone is shown.
+    """
+    try:
+        return _create(config)
+    except OutboxError as error:
+        if click.get_current_context(silent=True) is None:
+            raise
+        raise click.ClickException(str(error)) from error
+
+
+def _create(config: Mapping[str, Any]) -> Flask:
+    app = Flask("publisher", static_url_path="/docs/static")
+    app.config.from_mapping(config)
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    settings = load(config=app.config, environ=os.environ, folder=CHECKOUT)
+    settings.require("DATABASE_URL", "BROKER_URL")
+    engine = create_engine(str(settings.database_url))
+    database.init_app(app, engine)
+    outbox.init_app(app, session=database.session)
+    api.init_app(app)
+    app.after_request(_harden)
+    for command in (commands.migrate, commands.import_):
+        app.cli.add_command(command)
+    if _is_embedded(settings):
+        migrations.upgrade(engine)
+    return app
+
+
+def _is_embedded(settings: Settings) -> bool:
+    return str(settings.broker_url).startswith("embedded:")
+
+
+def _harden(response: Response) -> Response:
+    response.headers.setdefault("X-Content-Type-Options", "nosniff")
+    response.headers.setdefault("Cache-Control", "no-cache")
+    return response
