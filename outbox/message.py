@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import json
 import os
@@ -25,7 +26,7 @@ from uuid import UUID
 from outbox.errors import InvalidMessage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
 JSON = "application/json"
 
@@ -153,8 +154,6 @@ def encode(data: Any, *, limit: int) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(type(value), "__mapper__"):  # also one that is a dataclass: its fields may load, and change with the schema
-        raise TypeError(type(value).__name__)
     if isinstance(value, datetime):
         return value.isoformat().replace("+00:00", "Z")
     if isinstance(value, (date, time_of_day)):
@@ -165,42 +164,58 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, Enum):
         return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if _is_plain(value):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     raise TypeError(type(value).__name__)
 
 
 def _explain(data: Any, error: Exception) -> str:
-    if isinstance(error, RecursionError) or "Circular" in str(error):
-        return "the data contains itself or is nested too deep for JSON"
-    for path, value in _leaves(data, "data"):
-        try:
-            json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain).encode()
-        except (TypeError, ValueError):
-            if hasattr(value, "__mapper__"):
-                return f"{path} is a {type(value).__name__}, a database object; send its id or the fields a consumer needs"
-            if isinstance(value, float):
-                return f"{path} is {value!r}, which JSON can't express; send None or a text instead"
-            if isinstance(value, str):
-                return f"{path} is text that UTF-8 can't express (a lone surrogate)"
-            return f"{path} is a {type(value).__name__}, which JSON can't express; send text, numbers, lists or objects"
-    return f"the data can't be written as JSON: {error}"
+    if not isinstance(error, RecursionError) and "Circular" not in str(error):
+        with contextlib.suppress(RecursionError):
+            return _fault(data, "data") or f"the data can't be written as JSON: {error}"
+    return "the data contains itself or is nested too deep for JSON"
 
 
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _fault(value: Any, path: str) -> str | None:
+    """Return what can't be written and where, the first one in *value*."""
+    for name, inner in _parts(value):
+        if isinstance(value, dict) and not _is_writable({name: 0}):
+            return f"{path} has the key {name!r}, which JSON can't express; use text"
+        found = _fault(inner, f"{path}[{name}]" if isinstance(value, (list, tuple)) else f"{path}.{name}")
+        if found:
+            return found
+    if _is_plain(value) or _is_writable(value):
+        return None
+    if hasattr(type(value), "__mapper__"):
+        return f"{path} is a {type(value).__name__}, a database object; send its id or the fields a consumer needs"
+    if isinstance(value, float):
+        return f"{path} is {value!r}, which JSON can't express; send None or a text instead"
+    if isinstance(value, str):
+        return f"{path} is text that UTF-8 can't express (a lone surrogate)"
+    return f"{path} is a {type(value).__name__}, which JSON can't express; send text, numbers, lists or objects"
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, dict):
-        for name, inner in value.items():
-            if not isinstance(name, (str, int, float, bool, type(None))):
-                yield f"{path}: its key {name!r}", name
-            yield from _leaves(inner, f"{path}.{name}")
-    elif isinstance(value, (list, tuple)):
-        for number, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{number}]")
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "__mapper__"):
-        for item in dataclasses.fields(value):
-            yield from _leaves(getattr(value, item.name), f"{path}.{item.name}")
-    else:
-        yield path, value
+        return value.items()
+    if isinstance(value, (list, tuple)):
+        return enumerate(value)
+    if _is_plain(value):
+        return ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
+    return ()
+
+
+def _is_plain(value: Any) -> bool:
+    """Say whether *value* is a dataclass that is no database object."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(type(value), "__mapper__")
+
+
+def _is_writable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain).encode()
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 # --- message ⇄ wire ----------------------------------------------------------------------------------------------------
