@@ -1,0 +1,161 @@
+"""From a Blinker signal to a held message.
+
+A captured signal stays an ordinary signal: same object, same receivers, same `send`. Its capture is listed among the
+receivers, and it runs before all others, also while the signal is muted: Blinker promises no order, a receiver that raises
+keeps the rest from running, and `muted()` in one thread mutes the signal in all.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+from uuid import UUID
+
+from blinker import NamedSignal, Signal
+
+from outbox.errors import CaptureError, ConfigurationError, InvalidMessage
+from outbox.message import check_name
+
+#: What can name a key. Floats can't: 0.1 + 0.2 would be another key than 0.3.
+_KEY_TYPES = (str, int, UUID, date, Decimal)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTemplate:
+    """A key with fields of the signal in it: `event:{event_id}`."""
+
+    text: str
+    fields: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> KeyTemplate:
+        """Return the template; raise ConfigurationError, saying why, for one that could not work for every signal."""
+        try:
+            parts = list(string.Formatter().parse(text))
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(f"key={text!r}: {error}; write it like 'event:{{event_id}}'") from error
+        fields = []
+        for _, field, format_spec, conversion in parts:
+            if field is None:
+                continue
+            if not field.isidentifier() or format_spec or conversion:
+                raise ConfigurationError(
+                    f"key={text!r}: {{{field}}} must be the plain name of a field of the signal, like 'event:{{event_id}}'"
+                )
+            fields.append(field)
+        if not fields:
+            raise ConfigurationError(
+                f"key={text!r} names no field, so all messages would wait for one another; write 'event:{{event_id}}', "
+                "or leave the key out if order does not matter"
+            )
+        return cls(text, tuple(fields))
+
+    def fill(self, data: Mapping[str, object]) -> str:
+        """Return the key for *data*; raise InvalidMessage for a field that is missing, None, empty or can't name a key."""
+        return self.text.format_map({field: self._value(field, data) for field in self.fields})
+
+    def _value(self, field: str, data: Mapping[str, object]) -> str:
+        if field not in data:
+            raise InvalidMessage(f"key {self.text!r}: the signal was sent without {field}; add {field}=… to send()")
+        value = data[field]
+        if isinstance(value, Enum):
+            value = value.value
+        if value is None:
+            raise InvalidMessage(f"key {self.text!r}: {field} is None; flush before you send, so that new rows have their ids")
+        if not isinstance(value, _KEY_TYPES) or isinstance(value, bool):
+            raise InvalidMessage(f"key {self.text!r}: {field} is a {type(value).__name__}; send a text, a number or a UUID")
+        if value == "":
+            raise InvalidMessage(f"key {self.text!r}: {field} is empty; without it the key would name no one thing")
+        return str(value)
+
+
+class Capture:
+    """The receiver that turns a signal into a held message; one for each outbox, signal and topic."""
+
+    def __init__(
+        self,
+        signal: Signal,
+        topic: str,
+        key: str | None,
+        unheard: str,
+        *,
+        outbox: object,
+        hold: Callable[[Capture, object, dict[str, object]], None],
+    ) -> None:
+        self.signal_name = signal.name if isinstance(signal, NamedSignal) else repr(signal)
+        try:
+            check_name("topic", topic, forbidden="*#", blanks=False)
+        except InvalidMessage as error:
+            raise ConfigurationError(f"signal {self.signal_name!r}: {error}") from error
+        if unheard not in ("hold", "drop"):
+            raise ConfigurationError(
+                f"unheard={unheard!r} is neither 'hold' (wait until a queue is bound) nor 'drop' (nobody listening is fine)"
+            )
+        self.topic = topic
+        self.key = None if key is None else KeyTemplate.parse(key)
+        self.unheard = unheard
+        self.outbox = outbox
+        self._hold = hold
+
+    def __call__(self, sender: object, /, **data: object) -> None:
+        """Hold one message for this sending of the signal. Raises CaptureError or InvalidMessage, naming the signal."""
+        try:
+            self._hold(self, sender, data)
+        except CaptureError as error:
+            raise CaptureError(f"signal {self.signal_name!r}: {error}") from error
+        except InvalidMessage as error:
+            raise InvalidMessage(f"signal {self.signal_name!r}: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"<capture of signal {self.signal_name!r} as {self.topic!r}>"
+
+
+class _CapturedSignal(Signal):
+    """What a signal becomes when it is captured: captures first, whatever else is connected or muted.
+
+    `receivers_for` leaves captures out: they have run by then, and who calls receivers by hand is not sending.
+    """
+
+    def send(self, sender: Any | None = None, /, **kwargs: Any) -> list[tuple[Callable[..., Any], Any]]:
+        return [*self._capture(sender, kwargs), *super().send(sender, **kwargs)]
+
+    async def send_async(self, sender: Any | None = None, /, **kwargs: Any) -> list[tuple[Callable[..., Any], Any]]:
+        return [*self._capture(sender, kwargs), *await super().send_async(sender, **kwargs)]
+
+    def receivers_for(self, sender: Any) -> Any:
+        return (receiver for receiver in super().receivers_for(sender) if not isinstance(receiver, Capture))
+
+    def _capture(self, sender: object, kwargs: dict[str, Any]) -> list[tuple[Callable[..., Any], Any]]:
+        data = {name: value for name, value in kwargs.items() if name not in ("_async_wrapper", "_sync_wrapper")}
+        found = captures(self)
+        for capture in found:
+            capture(sender, **data)
+        return [(capture, None) for capture in found]
+
+
+def captures(signal: Signal) -> list[Capture]:
+    """Return the captures of *signal*, in the order in which they were registered."""
+    return [receiver for receiver in list(signal.receivers.values()) if isinstance(receiver, Capture)]
+
+
+def connect(signal: Signal, capture: Capture) -> None:
+    """Connect *capture*, strongly and for every sender, and let it run first from now on."""
+    # The object itself changes its class: others hold references to it, so it can't be replaced by another.
+    if not isinstance(signal, _CapturedSignal):
+        signal.__class__ = _captured(type(signal))
+    # Blinker holds receivers weakly unless told: this one would be collected, and messages silently stop.
+    signal.connect(capture, weak=False)
+
+
+_classes: dict[type[Signal], type[Signal]] = {}
+
+
+def _captured(cls: type[Signal]) -> type[Signal]:
+    if cls not in _classes:
+        _classes[cls] = type(cls.__name__, (_CapturedSignal, cls), {"__doc__": cls.__doc__})
+    return _classes[cls]

@@ -1,0 +1,192 @@
+"""Writing messages into the tables, in the caller's transaction. Nothing here begins or commits one.
+
+The order in the batch is the order of sending. A keyed message takes the next number of its key from a counter row, whose
+lock is then held until the commit: numbers are gapless, equal commit order, and return on rollback. Counters are locked in
+the order of their keys, so two commits never wait for each other in a circle, and row ids are drawn only after that lock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection
+
+from outbox import tables
+from outbox.message import Message
+from outbox.tables import SHARDS
+from outbox.wakeup import CHANNEL
+
+#: A statement carries at most this much; PostgreSQL refuses a message of 1 GiB, and everything is in memory twice.
+_MAX_STATEMENT_BYTES = 16 * 1024**2
+_MAX_STATEMENT_ROWS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A message that waits for its transaction to commit."""
+
+    message: Message
+    #: `hold`: it waits until somebody listens; `drop`: nobody listening is fine.
+    unheard: str = "hold"
+
+
+def write(connection: Connection, batch: Sequence[Held], *, notify: bool = False) -> None:
+    """Write *batch* in the transaction that is open on *connection*; one round trip on PostgreSQL for any usual batch.
+
+    With *notify* waiting relays are woken at the commit (PostgreSQL only).
+    """
+    for chunk in _chunks(batch):
+        if connection.dialect.name == "postgresql":
+            _write_postgresql(connection, chunk, notify)
+        else:
+            _write_rows(connection, chunk)
+
+
+def shard_of(message: Message) -> int:
+    """Return the shard of *message*: that of its key, so that a key is never in two relays' hands."""
+    return crc32(message.key.encode() if message.key is not None else message.id.bytes) % SHARDS
+
+
+def _chunks(batch: Sequence[Held]) -> Iterator[Sequence[Held]]:
+    start = size = 0
+    for end, held in enumerate(batch):
+        if end > start and (size + len(held.message.body) > _MAX_STATEMENT_BYTES or end - start >= _MAX_STATEMENT_ROWS):
+            yield batch[start:end]
+            start, size = end, 0
+        size += len(held.message.body)
+    if start < len(batch):
+        yield batch[start:]
+
+
+def _counts(batch: Sequence[Held]) -> list[tuple[str, int]]:
+    """Return key and number of messages, in the order in which every transaction locks them."""
+    return sorted(Counter(h.message.key for h in batch if h.message.key is not None).items())
+
+
+def _back(batch: Sequence[Held]) -> list[int | None]:
+    """Return for each message how many of its key follow in the batch: its number is the key's new last one less that."""
+    following: Counter[str] = Counter()
+    found: list[int | None] = []
+    for held in reversed(batch):
+        key = held.message.key
+        found.append(None if key is None else following[key])
+        if key is not None:
+            following[key] += 1
+    return found[::-1]
+
+
+def _headers(message: Message) -> str | None:
+    return json.dumps(dict(message.headers), ensure_ascii=False, separators=(",", ":")) if message.headers else None
+
+
+# --- PostgreSQL: one statement ------------------------------------------------------------------------------------------
+
+_BATCH = """
+WITH counted AS (
+    INSERT INTO outbox_key AS counter (key, sequence)
+    SELECT * FROM unnest(CAST(:counted_keys AS text[]), CAST(:counts AS bigint[]))
+    ON CONFLICT (key) DO UPDATE SET sequence = counter.sequence + excluded.sequence
+    RETURNING key, sequence
+), sent AS (
+    SELECT * FROM unnest(
+        CAST(:ids AS uuid[]), CAST(:sources AS text[]), CAST(:topics AS text[]), CAST(:keys AS text[]), CAST(:back AS bigint[]),
+        CAST(:content_types AS text[]), CAST(:headers AS text[]), CAST(:bodies AS bytea[]), CAST(:moments AS timestamptz[]),
+        CAST(:shards AS smallint[]), CAST(:unheard AS text[])
+    ) WITH ORDINALITY AS row (
+        message_id, source, topic, key, back, content_type, headers, body, created_at, shard, unheard, position
+    )
+), numbered AS (
+    SELECT sent.*, counted.sequence - sent.back AS sequence FROM sent LEFT JOIN counted ON counted.key = sent.key
+), written AS (
+    INSERT INTO outbox_message (message_id, source, topic, key, sequence, content_type, headers, body, created_at)
+    SELECT message_id, source, topic, key, sequence, content_type, headers, body, created_at FROM numbered ORDER BY position
+    RETURNING id, message_id
+), waiting AS (
+    INSERT INTO outbox_pending (message_row, shard, topic, key, sequence, available_at, unheard)
+    SELECT written.id, shard, topic, key, sequence, created_at, unheard
+    FROM numbered JOIN written USING (message_id) ORDER BY position
+)
+"""
+
+
+def _array(name: str, type_: sa.types.TypeEngine[Any]) -> sa.BindParameter[Any]:
+    return sa.bindparam(name, type_=postgresql.ARRAY(type_))
+
+
+_PARAMETERS = (
+    _array("counted_keys", sa.Text()), _array("counts", sa.BigInteger()), _array("ids", sa.Uuid()),
+    _array("sources", sa.Text()), _array("topics", sa.Text()), _array("keys", sa.Text()), _array("back", sa.BigInteger()),
+    _array("content_types", sa.Text()), _array("headers", sa.Text()), _array("bodies", sa.LargeBinary()),
+    _array("moments", sa.DateTime(timezone=True)), _array("shards", sa.SmallInteger()), _array("unheard", sa.Text()),
+)  # fmt: skip
+_WRITE = sa.text(_BATCH + "SELECT 1").bindparams(*_PARAMETERS)
+_WRITE_AND_NOTIFY = sa.text(_BATCH + "SELECT pg_notify(:channel, '')").bindparams(*_PARAMETERS, channel=CHANNEL)
+
+
+def _write_postgresql(connection: Connection, batch: Sequence[Held], notify: bool) -> None:
+    counts = _counts(batch)
+    messages = [held.message for held in batch]
+    parameters = {
+        "counted_keys": [key for key, _ in counts],
+        "counts": [count for _, count in counts],
+        "ids": [m.id for m in messages],
+        "sources": [m.source for m in messages],
+        "topics": [m.topic for m in messages],
+        "keys": [m.key for m in messages],
+        "back": _back(batch),
+        "content_types": [m.content_type for m in messages],
+        "headers": [_headers(m) for m in messages],
+        "bodies": [m.body for m in messages],
+        "moments": [m.created_at for m in messages],
+        "shards": [shard_of(m) for m in messages],
+        "unheard": [held.unheard for held in batch],
+    }
+    connection.execute(_WRITE_AND_NOTIFY if notify else _WRITE, parameters)
+
+
+# --- other databases: three statements ----------------------------------------------------------------------------------
+
+
+def _write_rows(connection: Connection, batch: Sequence[Held]) -> None:
+    last = _count_keys(connection, _counts(batch))
+    sequences = [
+        None if back is None else last[held.message.key or ""] - back for held, back in zip(batch, _back(batch), strict=True)
+    ]
+    rows = [
+        {
+            "message_id": m.id, "source": m.source, "topic": m.topic, "key": m.key, "sequence": sequence,
+            "content_type": m.content_type, "headers": _headers(m), "body": m.body, "created_at": m.created_at,
+        }
+        for m, sequence in zip((held.message for held in batch), sequences, strict=True)
+    ]  # fmt: skip
+    insert = sa.insert(tables.message).returning(tables.message.c.id, sort_by_parameter_order=True)
+    ids = connection.scalars(insert, rows).all()
+    connection.execute(
+        sa.insert(tables.pending),
+        [
+            {
+                "message_row": id_, "shard": shard_of(held.message), "topic": held.message.topic, "key": held.message.key,
+                "sequence": sequence, "available_at": held.message.created_at, "unheard": held.unheard,
+            }
+            for id_, held, sequence in zip(ids, batch, sequences, strict=True)
+        ],
+    )  # fmt: skip
+
+
+def _count_keys(connection: Connection, counts: list[tuple[str, int]]) -> dict[str, int]:
+    last: dict[str, int] = {}
+    for start in range(0, len(counts), 500):  # SQLite binds at most 32,766 values, old ones 999
+        values = [{"key": key, "sequence": count} for key, count in counts[start : start + 500]]
+        insert = sqlite.insert(tables.key).values(values)
+        upsert = insert.on_conflict_do_update(
+            index_elements=[tables.key.c.key], set_={"sequence": tables.key.c.sequence + insert.excluded.sequence}
+        ).returning(tables.key.c.key, tables.key.c.sequence)
+        last.update((row.key, row.sequence) for row in connection.execute(upsert))
+    return last
