@@ -23,7 +23,7 @@ def config(as_json: bool) -> None:
     cells = [(row.name, row.shown or "—", row.origin, row.text) for row in rows]
     text.say(text.table(("NAME", "VALUE", "ORIGIN", "MEANING"), cells))
     try:
-        path = context.sqlite_file(here.url)
+        path = here.place.path
     except ConfigurationError:
         return  # no database is set, as the table says
     if path is not None:

@@ -28,6 +28,43 @@ _CONNECT_SECONDS = 10
 
 
 @dataclass(frozen=True)
+class Place:
+    """A database, as its setting names it."""
+
+    #: `DATABASE_URL` or `CONSUMER_DATABASE_URL`.
+    setting: str
+    url: URL
+    #: The command that makes it.
+    maker: str
+
+    @property
+    def path(self) -> Path | None:
+        """The absolute path of a SQLite file; None for servers and `file:` URIs."""
+        if self.url.get_backend_name() != "sqlite" or not self.url.database or self.url.database.startswith("file:"):
+            return None
+        return Path(self.url.database).absolute()
+
+    def __str__(self) -> str:
+        return str(self.path) if self.path else self.url.render_as_string(hide_password=True)
+
+    def require_file(self) -> None:
+        """Raise ConfigurationError for a SQLite file that is not there: opening it would make an empty one."""
+        if self.path is not None and not self.path.exists():
+            raise ConfigurationError(f"{self.setting}={self.url}: there is no file {self.path}; run: {self.maker}")
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Turn database errors inside into texts that name the setting and what to do."""
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except SQLAlchemyError as error:
+            shown = self.url.render_as_string(hide_password=True)
+            raise database_failure(f"{self.setting}={shown}", error) from error
+
+
+@dataclass(frozen=True)
 class Context:
     """Settings, topics and the database of one command."""
 
@@ -37,21 +74,15 @@ class Context:
     #: The app's own engine, under flask.
     app_engine: Engine | None = None
 
-    @property
-    def url(self) -> URL:
-        """The database's URL. Raises ConfigurationError when none is set."""
+    @cached_property
+    def place(self) -> Place:
+        """The database of the outbox. Raises ConfigurationError when none is set."""
         from sqlalchemy import make_url
 
         if self.app_engine is not None:
-            return self.app_engine.url
+            return Place("DATABASE_URL", self.app_engine.url, "flask outbox migrate")
         self.settings.require("DATABASE_URL")
-        return make_url(str(self.settings.database_url))
-
-    @property
-    def where(self) -> str:
-        """The database for people: the absolute path of a SQLite file, else the masked URL."""
-        path = sqlite_file(self.url)
-        return str(path) if path else self.url.render_as_string(hide_password=True)
+        return Place("DATABASE_URL", make_url(str(self.settings.database_url)), "outbox migrate")
 
     @cached_property
     def engine(self) -> Engine:
@@ -61,33 +92,17 @@ class Context:
         if self.app_engine is not None:
             return self.app_engine
         options: dict[str, Any] = {}
-        if self.url.get_backend_name() in ("postgresql", "mysql", "mariadb"):
+        if self.place.url.get_backend_name() in ("postgresql", "mysql", "mariadb"):
             options["connect_args"] = {"connect_timeout": _CONNECT_SECONDS}
         return database.create_engine(str(self.settings.database_url), **options)
-
-    def require_file(self) -> None:
-        """Raise ConfigurationError for a SQLite file that is not there: opening it would make an empty one."""
-        path = sqlite_file(self.url)
-        if path is not None and not path.exists():
-            raise ConfigurationError(f"DATABASE_URL={self.url}: there is no file {path}; run: outbox migrate")
-
-    @contextmanager
-    def naming(self) -> Iterator[None]:
-        """Turn database errors inside into texts that name DATABASE_URL."""
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
-            yield
-        except SQLAlchemyError as error:
-            raise database_failure(f"DATABASE_URL={self.url.render_as_string(hide_password=True)}", error) from error
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection for reading, with tables of the right version; writes inside are rolled back."""
         from outbox import migrations
 
-        self.require_file()
-        with self.naming(), self.engine.connect() as plain:
+        self.place.require_file()
+        with self.place.naming(), self.engine.connect() as plain:
             connection = plain.execution_options(outbox_read_only=True)
             migrations.check(connection)
             yield connection
@@ -97,8 +112,8 @@ class Context:
         """A transaction, committed at the end, on tables of the right version."""
         from outbox import migrations
 
-        self.require_file()
-        with self.naming(), self.engine.begin() as connection:
+        self.place.require_file()
+        with self.place.naming(), self.engine.begin() as connection:
             migrations.check(connection)
             yield connection
 
@@ -117,16 +132,8 @@ def current(arguments: Mapping[str, object] = MappingProxyType({})) -> Context:
 
 def announce(context: Context, *, as_json: bool = False) -> None:
     """Say which SQLite file a bare command works on: a relative path means another file in another folder."""
-    path = sqlite_file(context.url)
-    if path is not None and context.app_engine is None and not as_json:
-        click.secho(f"SQLite file {path}", err=True, dim=True)
-
-
-def sqlite_file(url: URL) -> Path | None:
-    """Return the absolute path of the file behind *url*, None for servers and `file:` URIs."""
-    if url.get_backend_name() != "sqlite" or not url.database or url.database.startswith("file:"):
-        return None
-    return Path(url.database).absolute()
+    if context.app_engine is None and context.place.path is not None and not as_json:
+        click.secho(f"SQLite file {context.place.path}", err=True, dim=True)
 
 
 def _app() -> Any:

@@ -72,10 +72,10 @@ def examine() -> Iterator[Finding]:
 
 def _database(here: Context) -> Iterator[Finding]:
     try:
-        here.require_file()
-        with here.naming(), here.engine.connect() as plain:
+        here.place.require_file()
+        with here.place.naming(), here.engine.connect() as plain:
             connection = plain.execution_options(outbox_read_only=True)
-            yield Finding("database", Verdict.OK, f"{_version(connection)}: {here.where}")
+            yield Finding("database", Verdict.OK, f"{_version(connection)}: {here.place}")
             yield from _durability(connection)
             yield _clock(connection)
             yield from _tables(connection)

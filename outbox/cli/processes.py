@@ -18,14 +18,14 @@ def migrate(sql: bool) -> None:
 
     here = context.current()
     if sql:
-        text.say(migrations.sql(here.url.get_backend_name()), newline=False)
+        text.say(migrations.sql(here.place.url.get_backend_name()), newline=False)
         return
     context.announce(here)
-    with here.naming():
+    with here.place.naming():
         steps = migrations.upgrade(here.engine)
     version = len(migrations.OUTBOX.steps)
     done = f"upgraded by {text.amount(steps, 'step')} to version {version}" if steps else f"are of version {version} already"
-    text.say(f"The outbox tables {done}: {here.where}")
+    text.say(f"The outbox tables {done}: {here.place}")
 
 
 @click.command()
@@ -63,4 +63,4 @@ def prepare_process(arguments: dict[str, object]) -> Context:
 def _require_database(here: Context) -> None:
     # Only the embedded mode makes its files by itself; elsewhere a missing file is a wrong folder or a forgotten migrate.
     if not str(here.settings.broker_url).startswith("embedded:"):
-        here.require_file()
+        here.place.require_file()

@@ -46,7 +46,7 @@ def status(ctx: click.Context, as_json: bool, watch: bool, interval: float, fail
     if as_json:
         text.say_json(as_dict(found))
     else:
-        text.say(as_text(found, here.where))
+        text.say(as_text(found, str(here.place)))
     if fail_lag is not None and found.lag_seconds > fail_lag:
         ctx.exit(THRESHOLD)
 
@@ -60,7 +60,7 @@ def _watch(here: Context, as_json: bool, interval: float) -> None:
             if as_json:
                 text.say_json(as_dict(found), line=True)
             else:
-                text.say((_CLEAR if terminal else "") + as_text(found, here.where) + ("" if terminal else "\n"))
+                text.say((_CLEAR if terminal else "") + as_text(found, str(here.place)) + ("" if terminal else "\n"))
             pause.wait(interval)
     except KeyboardInterrupt:
         return  # the way out of a command that has no end
