@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,20 +29,19 @@ from kombu.message import Message as KombuMessage
 from kombu.transport import base
 
 from outbox.embedded.file import BrokerFileUnavailable
-from outbox.embedded.ownership import Delivery, Ownership, OwnershipLost, QueueLock, lock_path
+from outbox.embedded.ownership import OwnershipLost
 from outbox.embedded.queues import NoSuchQueue, Queues, queue_number
+from outbox.embedded.subscription import Subscription
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
-    from outbox.embedded.file import BrokerFile
+    from outbox.embedded.ownership import Delivery
 
 #: How often an idle connection looks at the file: soon after a message, then less and less often.
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 0.001, 0.025
 #: How old a look at the file may be while messages flow.
 _FLOW_SECONDS = 0.005
-#: How many messages are taken at once where no prefetch limits it.
-_UNLIMITED = 500
 
 
 class Message(KombuMessage):
@@ -71,99 +69,6 @@ class Message(KombuMessage):
         )
         # Not through the constructor, which expands the body when there is a header named "compression".
         self.headers = headers
-
-
-class Subscription:
-    """A consumer of one queue: waits to own it, then holds at most *prefetch* of its messages (0: no limit)."""
-
-    def __init__(self, file: BrokerFile, tag: str, queue: int, prefetch: int, callback: Callable[[Message], object]) -> None:
-        self.tag = tag
-        self.callback = callback
-        self._file = file
-        self._queue = queue
-        self._prefetch = prefetch
-        self._lock = QueueLock(lock_path(file, queue))
-        self._ownership: Ownership | None = None
-        self._cancelled = False
-        self._waiting: deque[Delivery] = deque()  # taken from the queue, not yet given to the callback
-        self._unacknowledged: dict[int, Delivery] = {}
-        self._seen: int | None = None  # the data version at which the queue held nothing more
-
-    def next(self, version: int) -> Delivery | None:
-        """Return the next message for the callback, None when there is none or this consumer may have none.
-
-        *version* is a data version of the file not older than the last commit that is to be seen.
-        """
-        if self._cancelled:
-            return None
-        if not self._waiting:
-            self._look(version)
-        if not self._waiting:
-            return None
-        delivery = self._waiting.popleft()
-        self._unacknowledged[delivery.id] = delivery
-        return delivery
-
-    def _look(self, version: int) -> None:
-        credit = self._credit()
-        if credit == 0 or version == self._seen:
-            return
-        if self._ownership is None:
-            if not self._lock.take():
-                return
-            self._ownership = Ownership.begin(self._file, self._queue, self._lock)
-        self._keep(self._ownership.take(credit), credit, version)
-
-    def undelivered(self, queue: int) -> int:
-        """Return how many messages of *queue* are here and not yet given to the callback."""
-        return len(self._waiting) if queue == self._queue else 0
-
-    def acknowledge(self, deliveries: list[int]) -> None:
-        """Remove *deliveries* for good, and take as many others in the same transaction."""
-        version = self._file.data_version()
-        credit = 0 if self._cancelled else self._credit() + len(deliveries)
-        taken = self._owner().settle(deliveries, take=credit)
-        for number in deliveries:
-            del self._unacknowledged[number]
-        self._keep(taken, credit, version)
-        self._release_if_done()
-
-    def give_back(self, number: int) -> None:
-        """Deliver a message again, before all later ones that the callback has not seen."""
-        delivery = self._owner().put_back(self._unacknowledged[number])
-        del self._unacknowledged[number]
-        if not self._cancelled:
-            self._waiting = deque(sorted([*self._waiting, delivery]))
-        self._release_if_done()
-
-    def cancel(self) -> None:
-        """Deliver nothing more. The queue stays ours until what was delivered is settled: a successor keeps its order."""
-        self._cancelled = True
-        self._waiting.clear()
-        self._release_if_done()
-
-    def close(self) -> None:
-        """Let a successor take over, whatever is unacknowledged."""
-        self._cancelled = True
-        self._lock.close()
-
-    def _owner(self) -> Ownership:
-        if self._ownership is None:
-            raise OwnershipLost("this consumer does not own its queue")
-        return self._ownership
-
-    def _credit(self) -> int:
-        if self._prefetch == 0:
-            return _UNLIMITED
-        return max(0, self._prefetch - len(self._waiting) - len(self._unacknowledged))
-
-    def _keep(self, taken: list[Delivery], wanted: int, version: int) -> None:
-        self._waiting.extend(taken)
-        self._seen = version if len(taken) < wanted else None
-
-    def _release_if_done(self) -> None:
-        if self._cancelled and not self._unacknowledged:
-            self.close()
 
 
 class QueueDeclared(NamedTuple):
@@ -452,7 +357,6 @@ class Transport(base.Transport):
 
 
 def _refuse(what: str, **unsupported: bool) -> None:
-    named: Mapping[str, bool] = unsupported
-    asked = [name for name, value in named.items() if value]
+    asked = [name for name, value in unsupported.items() if value]
     if asked:
         raise AMQPNotImplementedError(f"{what}: the embedded broker has no {', '.join(asked)}")
