@@ -19,4 +19,4 @@ COPY publisher publisher
 COPY consumers consumers
 USER openevent
 EXPOSE 8000 9101
-CMD ["gunicorn", "--bind", "0.0.0.0:8000", "publisher:create_app()"]
+CMD ["gunicorn", "--bind", "0.0.0.0:8000", "--no-control-socket", "publisher:create_app()"]
