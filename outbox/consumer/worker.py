@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from outbox import failpoints, http
 from outbox.backoff import Backoff
-from outbox.consumer import operate, topology
+from outbox.consumer import background, operate, topology
 from outbox.consumer.attempts import Attempts, Pause, Policy, Turnstile
 from outbox.consumer.delivery import Deliveries
 from outbox.consumer.failures import is_refusal, is_transient
@@ -98,6 +98,7 @@ class Runtime:
         self._pool = Pool(attempts[:workers], self._waiting, turnstile, batch=batch, wake=self._wake)
         self._redriver = Redriver(attempts[workers], turnstile, self._stopping, batch=batch)
         self._upkeep = Upkeep(service, engine, retention_seconds=settings.inbox_retention_seconds)
+        self._backgrounds = [background.Worker(service.name, each, engine) for each in service.backgrounds]
 
     def _attempts(self, number: int, policy: Policy) -> Attempts:
         return Attempts(Deliveries(self._service, self._engine, number), policy, self._pause, self._rng)
@@ -112,6 +113,8 @@ class Runtime:
                     self._pool.start()
                     self._redriver.start()
                     self._upkeep.start()
+                    for each in self._backgrounds:
+                        each.start()
                     self._say("consumer.started", f"service {self._service.name!r} takes {', '.join(self._service.topics)}")
                     self._receive()
                     return self._end()
@@ -149,6 +152,7 @@ class Runtime:
             self._last_turn()
         cut_short = self._busy
         self._last_turn()
+        unfinished = [each for each in self._backgrounds if not each.stop(max(0.0, deadline - time.monotonic()))]
         if self._link is not None:
             try:
                 self._link.flush()
@@ -159,7 +163,9 @@ class Runtime:
         self._upkeep.stop()
         if cut_short:
             self._say("consumer.cut_short", "a handler did not end in time; its transaction is rolled back", logging.ERROR)
-        if cut_short or self._pool.crash is not None:
+        if unfinished:
+            self._say("consumer.cut_short", "background work did not end in time; the next process goes on", logging.ERROR)
+        if cut_short or unfinished or self._pool.crash is not None:
             return 1
         self._say("consumer.stopped", f"service {self._service.name!r} ended; what it had not finished stays in its queue")
         return 0
@@ -233,15 +239,20 @@ class Runtime:
         """Receive for a while, then acknowledge what was settled."""
         self._turned_at = time.monotonic()
         link.receive(timeout)
-        for arrival in self._pool.finished():
+        finished = self._pool.finished()
+        for arrival in finished:
             if arrival.receipt is not None:
                 arrival.receipt.settled()  # that of an older connection tells nobody
+        if finished:
+            for each in self._backgrounds:
+                each.wake()
         if link.acknowledge():
             failpoints.reached("K5")
         self._upkeep.look(link)
 
     def _is_drained(self, link: Link) -> bool:
-        return self._redriver.idle and not link.in_hand() and link.backlog(self._topology) == 0 and not link.in_hand()
+        quiet = self._redriver.idle and not link.in_hand() and link.backlog(self._topology) == 0 and not link.in_hand()
+        return quiet and all(each.idle for each in self._backgrounds)
 
     def _wake(self) -> None:
         link = self._link
