@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from outbox.backoff import Backoff
 from outbox.consumer import background
 from outbox.consumer.background import Worker
 from tests.kit.waiting import eventually
@@ -50,7 +51,7 @@ def test_a_wake_up_brings_another_call_and_it_is_not_idle_meanwhile() -> None:
 
 
 def test_work_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "_AFTER_FAILURE", background.Backoff(0.001, 0.001))
+    monkeypatch.setattr(background, "_AFTER_FAILURE", Backoff(0.001, 0.001))
     done = threading.Event()
     failures = [OSError("disk full"), OSError("disk full")]
 
