@@ -172,7 +172,7 @@ class Attempts:
                 else:
                     self.pause.asked_for(seconds)
             except Reject as reason:
-                aside = Aside(Reason.REJECTED, *describe(reason), attempts=1)
+                aside = Aside(Reason.REJECTED, *describe(reason), attempts=1, hold=reason.hold)
             except Incomplete as reason:
                 aside = Aside(Reason.INCOMPLETE, describe(reason)[0])
             except Exception as error:  # noqa: BLE001 - a handler may raise anything

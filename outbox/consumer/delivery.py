@@ -9,7 +9,8 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from outbox import failpoints, migrations
 from outbox.consumer import arrival as arrivals
@@ -199,17 +200,21 @@ def task_of(service: Service, arrival: Arrival) -> Task | Aside:
     return Task(arrival.message, handler)
 
 
+@cache
+def _count(dialect: str) -> Any:
+    table = tables.counter
+    names = [each.name for each in dataclasses.fields(Tally)]
+    statement = inbox.insert(dialect, table)
+    return statement.on_conflict_do_update(
+        index_elements=[table.c.service, table.c.worker],
+        set_={name: table.c[name] + statement.excluded[name] for name in names},
+    )
+
+
 def count(connection: Connection, service: str, worker: int, tally: Tally) -> None:
     """Add *tally* to the service's counters."""
-    table = tables.counter
-    values = dataclasses.asdict(tally)
-    statement = inbox.insert(connection, table).values(service=service, worker=worker, **values)
-    connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=[table.c.service, table.c.worker],
-            set_={name: table.c[name] + statement.excluded[name] for name in values},
-        )
-    )
+    values = {"service": service, "worker": worker, **dataclasses.asdict(tally)}
+    connection.execute(_count(connection.dialect.name), values)
 
 
 def deliver_once(service: Service, message: Message | Received | bytes, engine: Engine) -> Outcome:

@@ -6,7 +6,9 @@ test it would drop messages after a restored database, a released hold or a repl
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -15,7 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from outbox.consumer import tables
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from datetime import datetime
 
     from sqlalchemy.engine import Connection
@@ -35,9 +37,70 @@ class Mark:
     held: bool = False
 
 
-def insert(connection: Connection, table: sa.Table) -> Any:
-    """Return the dialect's INSERT with `on_conflict_…`."""
-    return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert)(table)
+def insert(dialect: str, table: sa.Table) -> Any:
+    """Return the INSERT of *dialect*, with its `on_conflict_…`."""
+    return (postgresql.insert if dialect == "postgresql" else sqlite.insert)(table)
+
+
+# --- one statement for a batch -----------------------------------------------------------------------------------------
+#
+# All rows of a batch are one parameter for each column (PostgreSQL: arrays; SQLite: a JSON text). With a parameter for each
+# value the statement would be another text for each number of rows: never prepared, always parsed, most of a batch's work.
+
+
+def _given(dialect: str, **columns: sa.types.TypeEngine[Any]) -> sa.Subquery:
+    """Return the table of the rows that are passed with `_passed`."""
+    if dialect == "postgresql":
+        arrays = [sa.bindparam(f"{name}s", type_=postgresql.ARRAY(kind)) for name, kind in columns.items()]
+        return sa.select(*sa.func.unnest(*arrays).table_valued(*columns).render_derived().c).subquery("given")
+    each = sa.func.json_each(sa.bindparam("rows", type_=sa.Text())).table_valued("value")
+    picked = [
+        sa.func.json_extract(each.c.value, f"$[{index}]", type_=kind).label(name)
+        for index, (name, kind) in enumerate(columns.items())
+    ]
+    return sa.select(*picked).subquery("given")
+
+
+def _passed(dialect: str, names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    if dialect == "postgresql":
+        return {f"{name}s": list(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
+    return {"rows": json.dumps(rows)}
+
+
+@cache
+def _take(dialect: str) -> Any:
+    given = _given(dialect, source=sa.Text(), message_id=sa.Text())
+    now = sa.bindparam("now", type_=_inbox.c.taken_at.type)
+    values = sa.select(sa.bindparam("service", type_=sa.Text()), given.c.source, given.c.message_id, now)
+    values = values.where(sa.true())  # SQLite would take ON CONFLICT for the ON of a join
+    statement = insert(dialect, _inbox).from_select(list(_inbox.c.keys()), values).on_conflict_do_nothing()
+    return statement.returning(_inbox.c.source, _inbox.c.message_id)
+
+
+@cache
+def _lock_marks(dialect: str) -> Any:
+    given = _given(dialect, source=sa.Text(), key=sa.Text())
+    return (
+        sa.select(_key.c.source, _key.c.key, _key.c.sequence, _key.c.held)
+        .where(_key.c.service == sa.bindparam("service"))
+        # Not a join: SQLite would read all keys of the service, and for each of them all rows of the batch.
+        .where(sa.tuple_(_key.c.source, _key.c.key).in_(sa.select(*given.c)))
+        .order_by(_key.c.source, _key.c.key)
+        .with_for_update(of=_key)
+    )
+
+
+@cache
+def _write_marks(dialect: str) -> Any:
+    given = _given(dialect, source=sa.Text(), key=sa.Text(), sequence=sa.BigInteger(), held=sa.Boolean())
+    values = sa.select(sa.bindparam("service", type_=sa.Text()), *given.c).where(sa.true())
+    statement = insert(dialect, _key).from_select(list(_key.c.keys()), values)
+    new = statement.excluded
+    higher = sa.case((new.sequence > _key.c.sequence, new.sequence), else_=_key.c.sequence)
+    return statement.on_conflict_do_update(
+        index_elements=[_key.c.service, _key.c.source, _key.c.key],
+        set_={"sequence": higher, "held": sa.or_(_key.c.held, new.held)},
+    )
 
 
 def take(connection: Connection, service: str, identities: Collection[Identity], now: datetime) -> set[Identity]:
@@ -46,28 +109,20 @@ def take(connection: Connection, service: str, identities: Collection[Identity],
     Waits for another transaction that is writing one of them. Sorted, so that two processes given the same messages can't
     lock each other out.
     """
-    if not identities:
-        return set()
-    statement = insert(connection, _inbox).on_conflict_do_nothing().returning(_inbox.c.source, _inbox.c.message_id)
-    rows = [
-        {"service": service, "source": source, "message_id": message_id, "taken_at": now}
-        for source, message_id in sorted(set(identities))
-    ]
-    return {(source, message_id) for source, message_id in connection.execute(statement, rows)}
+    dialect = connection.dialect.name
+    rows = _passed(dialect, ("source", "message_id"), sorted(set(identities)))
+    written = connection.execute(_take(dialect), {"service": service, "now": now, **rows})
+    return {(source, message_id) for source, message_id in written}
 
 
 def lock_marks(connection: Connection, service: str, keys: Collection[Key]) -> dict[Key, Mark]:
     """Return what is known of *keys*, locked until the transaction ends: nobody else moves, holds or frees them."""
     if not keys:
         return {}
-    query = (
-        sa.select(_key.c.source, _key.c.key, _key.c.sequence, _key.c.held)
-        .where(_key.c.service == service, sa.tuple_(_key.c.source, _key.c.key).in_(sorted(keys)))
-        .order_by(_key.c.source, _key.c.key)
-        .with_for_update()
-    )
+    dialect = connection.dialect.name
     marks = {key: Mark() for key in keys}
-    for source, key, sequence, held in connection.execute(query):
+    rows = _passed(dialect, ("source", "key"), sorted(keys))
+    for source, key, sequence, held in connection.execute(_lock_marks(dialect), {"service": service, **rows}):
         marks[source, key] = Mark(sequence, held)
     return marks
 
@@ -76,20 +131,10 @@ def write_marks(connection: Connection, service: str, marks: Mapping[Key, Mark])
     """Write *marks*. A sequence only rises and a hold only begins here; `free` ends it."""
     if not marks:
         return
-    statement = insert(connection, _key)
-    new = statement.excluded
-    higher = sa.case((new.sequence > _key.c.sequence, new.sequence), else_=_key.c.sequence)
-    statement = statement.on_conflict_do_update(
-        index_elements=[_key.c.service, _key.c.source, _key.c.key],
-        set_={"sequence": higher, "held": sa.or_(_key.c.held, new.held)},
-    )
-    connection.execute(
-        statement,
-        [
-            {"service": service, "source": source, "key": key, "sequence": mark.sequence, "held": mark.held}
-            for (source, key), mark in sorted(marks.items())
-        ],
-    )
+    dialect = connection.dialect.name
+    rows = sorted((source, key, mark.sequence, mark.held) for (source, key), mark in marks.items())
+    passed = _passed(dialect, ("source", "key", "sequence", "held"), rows)
+    connection.execute(_write_marks(dialect), {"service": service, **passed})
 
 
 def free(connection: Connection, service: str, key: Key) -> None:
@@ -106,7 +151,7 @@ def _at(table: sa.Table, service: str, key: Key) -> sa.ColumnElement[bool]:
 
 def begin_attempt(connection: Connection, service: str, identity: Identity, now: datetime) -> int:
     """Record that *identity* is about to be handled and return how often that began without an end, this time included."""
-    statement = insert(connection, _attempt).values(
+    statement = insert(connection.dialect.name, _attempt).values(
         service=service, source=identity[0], message_id=identity[1], attempts=1, begun_at=now
     )
     statement = statement.on_conflict_do_update(

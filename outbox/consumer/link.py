@@ -11,39 +11,29 @@ import contextlib
 import select
 import socket
 import ssl
-import struct
 import threading
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import amqp.method_framing
-import amqp.serialization
 from amqp.exceptions import AccessRefused, NotAllowed
-from kombu.connection import Connection
 
 from outbox import amqp_url, embedded
 from outbox.consumer import arrival as arrivals
+from outbox.consumer import rabbit
 from outbox.consumer import topology as topologies
 from outbox.consumer.acks import Acks, Receipt
-from outbox.consumer.arrival import UNREADABLE_PROPERTIES, Arrival
 from outbox.errors import BrokerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from outbox.consumer.arrival import Arrival
     from outbox.consumer.topology import Queue, Topology
 
-_CONNECT_SECONDS = 10.0
-#: Longest silence in the middle of an answer or a write.
-_SOCKET_SECONDS = 15.0
-_HEARTBEAT_SECONDS = 30
 #: Frames read before acknowledgements and heartbeats get their turn.
-_FRAMES_AT_ONCE = 300
+_FRAMES_AT_ONCE = 1_000
 #: The embedded broker has nothing to wait on but the clock.
 _LONGEST_POLL_SECONDS = 0.05
-_CONTENT_HEADER = 2
-
-Frame = tuple[int, int, bytes]
 
 
 def shown(url: str) -> str:
@@ -51,73 +41,11 @@ def shown(url: str) -> str:
     return url if urlsplit(url).scheme == "embedded" else str(amqp_url.parse(url))
 
 
-def connection(url: str) -> Connection:
-    """Return kombu's connection to *url*, not yet connected. Raises ConfigurationError."""
+def _transport(url: str) -> Any:
+    """Return kombu's transport to *url*, not yet connected. Raises ConfigurationError."""
     if urlsplit(url).scheme == "embedded":
-        return embedded.connection(url)
-    parsed = amqp_url.parse(url)
-    tls: dict[str, Any] | bool = False
-    if parsed.tls:
-        parsed.tls_context()  # says which file can't be read
-        tls = {
-            "cert_reqs": ssl.CERT_REQUIRED,
-            "server_hostname": parsed.server_name,  # without it py-amqp takes any host's certificate
-            "ca_certs": parsed.cacertfile,
-            "certfile": parsed.certfile,
-            "keyfile": parsed.keyfile,
-        }
-    return Connection(  # type: ignore[no-untyped-call]
-        transport="pyamqp",
-        hostname=f"[{parsed.host}]" if ":" in parsed.host else parsed.host,
-        port=parsed.port,
-        userid=parsed.user,
-        password=parsed.password,
-        virtual_host=parsed.vhost,
-        ssl=tls,
-        connect_timeout=_CONNECT_SECONDS,
-        heartbeat=_HEARTBEAT_SECONDS if parsed.heartbeat is None else parsed.heartbeat,
-        transport_options={
-            "frame_handler": tolerant_frames,
-            "read_timeout": _SOCKET_SECONDS,
-            "write_timeout": _SOCKET_SECONDS,
-        },
-    )
-
-
-def tolerant_frames(connection: Any, callback: Callable[..., None]) -> Callable[[Frame], bool]:
-    """py-amqp's reader of frames, but properties it can't decode reach us as bytes instead of ending the connection.
-
-    A timestamp of 2**63 or an unknown field type would otherwise come back for ever: the message can't be acknowledged.
-    """
-    read = amqp.method_framing.frame_handler(connection, callback)
-
-    def on_frame(frame: Frame) -> bool:
-        kind, channel, payload = frame
-        try:
-            return bool(read(frame))
-        except Exception:
-            if kind != _CONTENT_HEADER or _decodes(payload):
-                raise
-        return bool(read((kind, channel, _with_readable_properties(payload))))
-
-    return on_frame
-
-
-def _decodes(payload: bytes) -> bool:
-    try:
-        amqp.serialization.decode_properties_basic(payload, 12)
-    except Exception:  # noqa: BLE001 - struct.error, UnicodeDecodeError, OverflowError, FrameSyntaxError, …
-        return False
-    return True
-
-
-def _with_readable_properties(payload: bytes) -> bytes:
-    """Return the content header with all its properties replaced by one header that holds their bytes."""
-    name = UNREADABLE_PROPERTIES.encode()
-    raw = bytes(payload[12:])
-    table = struct.pack(">B", len(name)) + name + b"x" + struct.pack(">I", len(raw)) + raw
-    has_headers = 0x2000
-    return bytes(payload[:12]) + struct.pack(">H", has_headers) + struct.pack(">I", len(table)) + table
+        return embedded.connection(url).transport
+    return rabbit.transport(amqp_url.parse(url))
 
 
 class Link:
@@ -125,8 +53,7 @@ class Link:
 
     def __init__(self, url: str) -> None:
         """Connect. Raises ConfigurationError and BrokerError for what waiting won't mend, otherwise whatever kombu raises."""
-        # Not through kombu's Connection: asked for anything, it would silently connect again, without consumers.
-        self._transport = connection(url).transport
+        self._transport = _transport(url)
         self._polled = self._transport.driver_type != "amqp"
         self._channels: list[tuple[Any, Acks]] = []
         try:
@@ -139,16 +66,20 @@ class Link:
         self._woken.setblocking(False)
         self._waker.setblocking(False)
 
+    def new_channel(self) -> Any:
+        """Open a channel, for declarations."""
+        return self._transport.create_channel(self._raw)
+
     def consume(self, topology: Topology, prefetch: int, on_arrival: Callable[[Arrival], None]) -> None:
         """Declare *topology* and begin to receive; *on_arrival* is called from `receive`. Raises as `topology.declare`."""
-        channel = self._transport.create_channel(self._raw)
+        channel = self.new_channel()
         topologies.declare(channel, topology)
         channel.close()
         self._consume(topology.main, prefetch, on_arrival, dead=False)
         self._consume(topology.dead, prefetch, on_arrival, dead=True)
 
     def _consume(self, queue: Queue, prefetch: int, on_arrival: Callable[[Arrival], None], *, dead: bool) -> None:
-        channel = self._transport.create_channel(self._raw)
+        channel = self.new_channel()
         acks = Acks()
         self._channels.append((channel, acks))
 
@@ -190,13 +121,13 @@ class Link:
 
     def _drain_socket(self) -> None:
         for _ in range(_FRAMES_AT_ONCE):
-            self._raw.blocking_read(_SOCKET_SECONDS)
-            if not self._readable(0.0):
+            self._raw.blocking_read()
+            if not self._raw.transport.frames.ready:
                 return
 
     def _readable(self, timeout: float) -> bool:
         sock = self._raw.sock
-        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        if self._raw.transport.frames.ready or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
             return True
         ready, _, _ = select.select([sock, self._woken], [], [], timeout)
         if self._woken in ready:

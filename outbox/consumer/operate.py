@@ -6,23 +6,24 @@ Each function is one command of `outbox consumer`; none prints, asks or exits.
 from __future__ import annotations
 
 import dataclasses
+import json
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from outbox import database, migrations
-from outbox.consumer import parking, tables
+from outbox.consumer import inbox, parking, tables
 from outbox.consumer.migrations import history
-from outbox.consumer.tables import State
+from outbox.consumer.tables import Reason, State
 from outbox.consumer.transaction import reading
 from outbox.consumer.upkeep import SEEN_SECONDS
-from outbox.errors import SchemaError
+from outbox.errors import OutboxError, SchemaError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from sqlalchemy.engine import Engine, Row
+    from sqlalchemy.engine import Connection, Engine, Row
 
     from outbox.consumer.service import Service
     from outbox.settings import Settings
@@ -71,6 +72,171 @@ def _missing_tables(service: Service, engine: Engine) -> list[str]:
     with reading(engine) as connection:
         look = sa.inspect(connection)
         return [table.fullname for table in service.tables.sorted_tables if not look.has_table(table.name, schema=table.schema)]
+
+
+# --- parked messages ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """A parked message."""
+
+    #: The message id; for a body that can't be read `sha256:…`, its digest.
+    id: str
+    source: str
+    topic: str
+    key: str | None
+    sequence: int | None
+    state: str
+    reason: str
+    attempts: int
+    #: One line.
+    error: str | None
+    created_at: datetime | None
+    parked_at: datetime
+    #: When the worker tries it by itself.
+    due_at: datetime | None
+    #: consumer_parked.id; known inside this database only.
+    row: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Detail:
+    """Everything known of a parked message."""
+
+    entry: Entry
+    #: The traceback.
+    detail: str | None
+    #: AMQP properties and headers.
+    properties: dict[str, Any]
+    #: As it came.
+    body: bytes
+    #: How many messages of its key wait behind it.
+    behind: int
+    #: The message of its key that it waits for.
+    held_by: str | None
+    #: When, who and why a person last acted on it.
+    acted_at: datetime | None
+    actor: str | None
+    note: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Filter:
+    """Which parked messages are meant; None: any."""
+
+    state: State | None = None
+    reason: Reason | None = None
+    topic: str | None = None
+    key: str | None = None
+
+
+def parked_list(engine: Engine, service: Service, which: Filter = Filter(), *, limit: int = 50) -> list[Entry]:
+    """Return at most *limit* parked messages, in the order they came; discarded ones only when asked for."""
+    query = sa.select(_parked).where(_parked.c.service == service.name).order_by(_parked.c.id).limit(limit)
+    for column in ("state", "reason", "topic", "key"):
+        if (value := getattr(which, column)) is not None:
+            query = query.where(_parked.c[column] == value)
+    if which.state is None:
+        query = query.where(_parked.c.state != State.DISCARDED)
+    with reading(engine) as connection:
+        return [_entry(row) for row in connection.execute(query)]
+
+
+def parked_show(engine: Engine, service: Service, message_id: str) -> list[Detail]:
+    """Return the parked message of that id (more than one where sources share it). Raises OutboxError when there is none."""
+    with reading(engine) as connection:
+        return [_detail(connection, row) for row in _find(connection, service, [message_id])]
+
+
+def requeue(engine: Engine, service: Service, ids: Sequence[str], *, actor: str) -> list[str]:
+    """Let the worker replay the messages *ids*, those of a key in their order; return the ids.
+
+    Raises OutboxError, having changed nothing, for an id that is not parked, was discarded, or waits behind another one.
+    """
+
+    def act(connection: Connection, row: Row[Any], now: datetime) -> None:
+        parking.requeue(connection, row, actor, now)
+
+    return _act(engine, service, ids, "requeue", act)
+
+
+def discard(engine: Engine, service: Service, ids: Sequence[str], *, actor: str, reason: str) -> list[str]:
+    """Never apply the messages *ids*; later ones of their keys go on. Returns the ids; raises as `requeue`."""
+
+    def act(connection: Connection, row: Row[Any], now: datetime) -> None:
+        parking.discard(connection, row, actor, reason, now)
+
+    return _act(engine, service, ids, "discard", act)
+
+
+def _act(
+    engine: Engine,
+    service: Service,
+    ids: Sequence[str],
+    verb: str,
+    act: Callable[[Connection, Row[Any], datetime], None],
+) -> list[str]:
+    with engine.begin() as connection:
+        found = _find(connection, service, ids)
+        keys = {(row.source, row.key) for row in found if row.key is not None}
+        inbox.lock_marks(connection, service.name, keys)
+        found = _find(connection, service, ids)  # again: a replay may just have ended
+        if refused := [text for row in found if (text := _why_not(row))]:
+            raise OutboxError("\n".join([*refused, f"nothing was changed; {verb} the first of a key"]))
+        now = datetime.now(UTC)
+        for row in found:
+            act(connection, row, now)
+    return [row.message_id for row in found]
+
+
+def _why_not(row: Row[Any]) -> str | None:
+    if row.state == State.DISCARDED:
+        return f"message {row.message_id} was discarded"
+    if row.state == State.BEHIND:
+        return f"message {row.message_id} is only waiting behind an earlier message of its key {row.key!r}"
+    return None
+
+
+def _find(connection: Connection, service: Service, ids: Sequence[str]) -> list[Row[Any]]:
+    query = sa.select(_parked).where(_parked.c.service == service.name, _parked.c.message_id.in_(ids)).order_by(_parked.c.id)
+    rows = list(connection.execute(query))
+    missing = [each for each in ids if each not in {row.message_id for row in rows}]
+    if missing:
+        raise OutboxError(
+            f"service {service.name!r} has no parked message {', '.join(missing)}; outbox consumer parked list {service.name}"
+        )
+    return rows
+
+
+def _entry(row: Row[Any]) -> Entry:
+    return Entry(
+        id=row.message_id,
+        row=row.id,
+        **{each.name: getattr(row, each.name) for each in dataclasses.fields(Entry) if each.name not in ("id", "row")},
+    )
+
+
+def _detail(connection: Connection, row: Row[Any]) -> Detail:
+    behind, held_by = 0, None
+    if row.key is not None and row.holds:
+        of_key = sa.and_(
+            _parked.c.service == row.service, _parked.c.source == row.source, _parked.c.key == row.key, _parked.c.holds
+        )
+        behind = connection.scalar(sa.select(sa.func.count()).where(of_key, _parked.c.id > row.id)) or 0
+        first = sa.select(_parked.c.message_id).where(of_key, _parked.c.id < row.id).order_by(_parked.c.id).limit(1)
+        held_by = connection.scalar(first)
+    return Detail(
+        entry=_entry(row),
+        detail=row.detail,
+        properties=json.loads(row.properties),
+        body=bytes(row.body),
+        behind=behind,
+        held_by=held_by,
+        acted_at=row.acted_at,
+        actor=row.actor,
+        note=row.note,
+    )
 
 
 # --- state ---------------------------------------------------------------------------------------------------------------

@@ -37,11 +37,14 @@ class Retry(Exception):
 class Reject(Exception):
     """Raise in a handler: this message can't be applied, and trying again would not help.
 
-    It is parked at once, with *reason*, for a person to requeue or discard; later messages of its key wait behind it.
+    It is parked at once, with *reason*, for a person to requeue or discard. Later messages of its key wait behind it, so
+    that a requeued one is still applied in order; with *hold* False they do not: for effects that no other depends on,
+    such as a letter.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, hold: bool = True) -> None:
         super().__init__(reason)
+        self.hold = hold
 
 
 class HandlerMistake(OutboxError):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from outbox.consumer.arrival import Arrival, Key
 
-#: Nothing of such a message is applied before a person says so, and nothing waits for it.
+#: Nothing this service does depends on such a message, so nothing waits for it.
 _FREE_REASONS = (Reason.NO_HANDLER, Reason.UNDECODABLE)
 
 
@@ -38,6 +38,8 @@ class Aside:
     #: When to try again by itself; None: when a person says so.
     due_at: datetime | None = None
     late: bool = False
+    #: False: later messages of its key need not wait for it.
+    hold: bool = True
 
     @property
     def state(self) -> State:
@@ -48,7 +50,7 @@ class Aside:
 
     def holds(self, key: Key | None) -> bool:
         """Whether later messages of *key* must wait for it."""
-        return key is not None and self.reason not in _FREE_REASONS
+        return key is not None and self.hold and self.reason not in _FREE_REASONS
 
 
 def row(service: str, arrival: Arrival, aside: Aside, now: datetime) -> dict[str, Any]:
@@ -157,6 +159,34 @@ def move_up(connection: Connection, service: str, key: Key, now: datetime) -> No
         inbox.free(connection, service, key)
     elif rest[0].state == State.BEHIND:
         connection.execute(sa.update(parked).where(parked.c.id == rest[0].id).values(state=State.DUE, due_at=now))
+
+
+# --- what a person orders ------------------------------------------------------------------------------------------------
+
+
+def requeue(connection: Connection, row: Row[Any], actor: str, now: datetime) -> None:
+    """Let the worker try *row* again: now, or when those before it in its key are gone."""
+    key = None if row.key is None else (row.source, row.key)
+    first = True
+    if key is not None:
+        # From now on it holds its key, whatever it was parked for: what it waits for and what waits for it stays in order.
+        inbox.write_marks(connection, row.service, {key: inbox.Mark(held=True)})
+        line_ = line(connection, row.service, key, 1)
+        first = not line_ or row.id <= line_[0].id
+    _order(connection, row.id, actor, now, state=State.DUE if first else State.BEHIND, due_at=now if first else None)
+    connection.execute(sa.update(parked).where(parked.c.id == row.id).values(holds=key is not None, starts=0))
+
+
+def discard(connection: Connection, row: Row[Any], actor: str, reason: str, now: datetime) -> None:
+    """Never apply *row*; those behind it go on."""
+    _order(connection, row.id, actor, now, state=State.DISCARDED, due_at=None, note=reason)
+    connection.execute(sa.update(parked).where(parked.c.id == row.id).values(holds=False))
+    if row.key is not None:
+        move_up(connection, row.service, (row.source, row.key), now)
+
+
+def _order(connection: Connection, row_id: int, actor: str, now: datetime, **values: Any) -> None:
+    connection.execute(sa.update(parked).where(parked.c.id == row_id).values(actor=actor, acted_at=now, **values))
 
 
 # --- counting ----------------------------------------------------------------------------------------------------------

@@ -95,6 +95,9 @@ parked = sa.Table(
     sa.Column("created_at", Timestamp),  # when it was sent
     sa.Column("parked_at", Timestamp, nullable=False),
     sa.Column("due_at", Timestamp),
+    sa.Column("acted_at", Timestamp),  # when a person last requeued or discarded it,
+    sa.Column("actor", sa.String(255)),  # who that was (user@host),
+    sa.Column("note", sa.Text),  # and why
     sa.Column("properties", sa.Text, nullable=False),  # AMQP properties and headers as JSON, for people
     sa.Column("body", Bytes, nullable=False),  # as it came
     sa.Index("consumer_parked_message_id", "service", "message_id"),

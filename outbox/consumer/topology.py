@@ -76,12 +76,22 @@ def declare(channel: Any, topology: Topology) -> None:
         remedy = f"it must be a durable {queue.exchange_type} exchange; delete it, or choose another OUTBOX_EXCHANGE"
         with _explained(f"exchange {queue.exchange!r}", remedy):
             channel.exchange_declare(queue.exchange, queue.exchange_type, durable=True, auto_delete=False)
-        remedy = "empty it, delete it (outbox consumer retire), and start the service again to declare it anew"
-        with _explained(f"queue {queue.name!r}", remedy):
-            channel.queue_declare(queue.name, durable=True, auto_delete=False, arguments=dict(queue.arguments))
+        declare_queue(channel, queue)
         for routing_key in queue.routing_keys:
-            with _explained(f"binding {queue.exchange!r} to {queue.name!r}", "check the names"):
-                channel.queue_bind(queue.name, queue.exchange, routing_key)
+            channel.queue_bind(queue.name, queue.exchange, routing_key)
+
+
+def declare_queue(channel: Any, queue: Queue) -> None:
+    """Declare *queue* itself. Raises ConfigurationError where one of that name has other arguments."""
+    remedy = "let its messages be applied, delete it (outbox consumer retire), and start the service again to make it anew"
+    with _explained(f"queue {queue.name!r}", remedy):
+        channel.queue_declare(queue.name, durable=True, auto_delete=False, arguments=dict(queue.arguments))
+
+
+def unbind(channel: Any, queue: Queue) -> None:
+    """Let nothing more come into *queue*."""
+    for routing_key in queue.routing_keys:
+        channel.queue_unbind(queue.name, queue.exchange, routing_key)
 
 
 @contextmanager
@@ -97,6 +107,11 @@ def _explained(what: str, remedy: str) -> Iterator[None]:
 def backlog(channel: Any, queue: str) -> int:
     """Return how many messages of *queue* nobody has been given; raises amqp's NotFound when there is no such queue."""
     return int(channel.queue_declare(queue, passive=True, auto_delete=False)[1])
+
+
+def consumers(channel: Any, queue: str) -> int:
+    """Return how many consume *queue*, active or waiting for their turn."""
+    return int(channel.queue_declare(queue, passive=True, auto_delete=False)[2])
 
 
 def exists(channel: Any, queue: str) -> bool:

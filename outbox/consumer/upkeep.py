@@ -105,7 +105,7 @@ class Upkeep:
     def _write(self, state: str) -> None:
         view, name = self._view, self._service.name
         with self._engine.begin() as connection:
-            statement = inbox.insert(connection, _process).values(
+            statement = inbox.insert(connection.dialect.name, _process).values(
                 service=name,
                 id=self._id,
                 host=socket.gethostname(),
