@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 
+from typing import TYPE_CHECKING
+
 import click
 
 from outbox.cli import context, text
-from outbox.cli.context import Context
+
+if TYPE_CHECKING:
+    from outbox.cli.context import Context
+    from outbox.settings import Settings
 
 
 @click.command()
@@ -41,11 +46,22 @@ def relay(ctx: click.Context, once: bool, drain: bool, http_port: str | None) ->
     if once and drain:
         raise click.UsageError("--once and --drain exclude each other")
     here = prepare_process({"OUTBOX_HTTP_PORT": http_port})
-    here.settings.require("DATABASE_URL", "BROKER_URL")
-    _require_database(here)
+    here.settings.require("BROKER_URL")
+    # Only the embedded mode makes its files by itself; elsewhere a missing file is a wrong folder or a forgotten migrate.
+    if not str(here.settings.broker_url).startswith("embedded:"):
+        here.place.require_file()
     from outbox.relay import daemon
 
-    ctx.exit(daemon.run(here.settings, once=once, drain=drain))
+    ctx.exit(daemon.run(_with_url(here), once=once, drain=drain))
+
+
+def _with_url(here: Context) -> Settings:
+    """Under flask the app's engine says which database; the relay opens connections of its own to it."""
+    from outbox import settings
+
+    if here.app_engine is None:
+        return here.settings
+    return settings.override(here.settings, {"DATABASE_URL": here.app_engine.url.render_as_string(hide_password=False)})
 
 
 def prepare_process(arguments: dict[str, object]) -> Context:
@@ -58,9 +74,3 @@ def prepare_process(arguments: dict[str, object]) -> Context:
     logs.configure(here.settings.log_format)
     failpoints.arm(os.environ)
     return here
-
-
-def _require_database(here: Context) -> None:
-    # Only the embedded mode makes its files by itself; elsewhere a missing file is a wrong folder or a forgotten migrate.
-    if not str(here.settings.broker_url).startswith("embedded:"):
-        here.place.require_file()

@@ -155,9 +155,9 @@ def _held_keys(connection: Connection) -> int:
 
 def _stuck(connection: Connection, state: State) -> list[Stuck]:
     pending, message = tables.pending.c, tables.message.c
-    rows = connection.execute(
-        sa.select(tables.pending).where(_NOT_PENDING, pending.state == state).order_by(pending.id).limit(NAMED)
-    ).all()
+    # `+ 0` keeps the planner from walking the whole backlog in the order of its ids to save the sort of a few rows.
+    stuck = sa.select(tables.pending).where(_NOT_PENDING, pending.state == state)
+    rows = connection.execute(stuck.order_by(pending.id + 0).limit(NAMED)).all()
     query = sa.select(message.id, message.message_id, message.created_at).where(message.id.in_([r.message_row for r in rows]))
     messages = {row.id: row for row in connection.execute(query)} if rows else {}
     return [
