@@ -76,7 +76,7 @@ class Outbox:
         self._arguments = {_setting_name(name): value for name, value in options.items()}
         self._session = session
         self._engine = engine
-        self._topics: set[str] = set()
+        self._captures: list[tuple[Signal, Capture]] = []
         self._standalone: State | None = None
         if session is not None:
             sessions.check(session)
@@ -123,12 +123,17 @@ class Outbox:
                     )
                 return
         connect(signal, capture)
-        self._topics.add(topic)
+        self._captures.append((signal, capture))
 
     @property
     def topics(self) -> tuple[str, ...]:
         """The topics that were captured, sorted."""
-        return tuple(sorted(self._topics))
+        return tuple(sorted({capture.topic for _, capture in self._captures}))
+
+    @property
+    def captures(self) -> tuple[tuple[Signal, Capture], ...]:
+        """Every captured signal with its capture, in the order in which they were registered."""
+        return tuple(self._captures)
 
     # --- sending ------------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,10 @@ from outbox.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from blinker import Signal
     from sqlalchemy.engine import URL, Connection, Engine
 
+    from outbox.capture import Capture
     from outbox.settings import Settings
 
 #: Long enough for a busy server, short enough for a person: a firewall that swallows packets would otherwise cost minutes.
@@ -73,6 +75,8 @@ class Context:
     topics: tuple[str, ...] | None
     #: The app's own engine, under flask.
     app_engine: Engine | None = None
+    #: The signals that the app captures.
+    captures: tuple[tuple[Signal, Capture], ...] = ()
 
     @cached_property
     def place(self) -> Place:
@@ -127,7 +131,12 @@ def current(arguments: Mapping[str, object] = MappingProxyType({})) -> Context:
     if app is None:
         return Context(settings.load(given, environ=os.environ, folder=Path.cwd()), topics=None)
     state = app.extensions["outbox"]
-    return Context(settings.override(state.settings, given), topics=tuple(state.topics), app_engine=state.engine())
+    return Context(
+        settings.override(state.settings, given),
+        topics=state.topics,
+        app_engine=state.engine(),
+        captures=state.outbox.captures,
+    )
 
 
 def announce(context: Context, *, as_json: bool = False) -> None:

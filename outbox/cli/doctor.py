@@ -65,6 +65,7 @@ def examine() -> Iterator[Finding]:
     usable = yield from _broker(here)
     if usable:
         yield from _topology(here)
+    yield from _signals(here)
 
 
 # --- the database -------------------------------------------------------------------------------------------------------
@@ -206,3 +207,20 @@ def _topology(here: Context) -> Iterator[Finding]:
         yield from topology.examine(here)
     except OutboxError as error:
         yield Finding("topology", Verdict.FAIL, str(error))
+
+
+# --- the app ------------------------------------------------------------------------------------------------------------
+
+
+def _signals(here: Context) -> Iterator[Finding]:
+    """Whether each captured signal is still captured: whoever disconnects all receivers disconnects that one too."""
+    from outbox.capture import captures
+
+    for signal, capture in here.captures:
+        if capture not in captures(signal):
+            detail = f"{capture.signal_name} is no longer captured as {capture.topic!r}: it was disconnected; nothing is stored"
+            yield Finding("signal", Verdict.FAIL, detail, "disconnect single receivers, and capture after that")
+            continue
+        others = len(list(signal.receivers_for(None)))
+        also = f", and {text.amount(others, 'other receiver')}" if others else ""
+        yield Finding("signal", Verdict.OK, f"{capture.signal_name} is captured as {capture.topic!r}{also}")
