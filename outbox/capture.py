@@ -85,7 +85,7 @@ class Capture:
         unheard: str,
         *,
         outbox: object,
-        hold: Callable[[Capture, object, dict[str, object]], None],
+        hold: Callable[[Capture, object, dict[str, object]], UUID | None],
     ) -> None:
         self.signal_name = signal.name if isinstance(signal, NamedSignal) else repr(signal)
         try:
@@ -102,10 +102,13 @@ class Capture:
         self.outbox = outbox
         self._hold = hold
 
-    def __call__(self, sender: object, /, **data: object) -> None:
-        """Hold one message for this sending of the signal. Raises CaptureError or InvalidMessage, naming the signal."""
+    def __call__(self, sender: object, /, **data: object) -> UUID | None:
+        """Hold one message for this sending of the signal and return its id: `send()` gives it among its receivers' results.
+
+        None where the sender belongs to another outbox. Raises CaptureError or InvalidMessage, naming the signal.
+        """
         try:
-            self._hold(self, sender, data)
+            return self._hold(self, sender, data)
         except CaptureError as error:
             raise CaptureError(f"signal {self.signal_name!r}: {error}") from error
         except InvalidMessage as error:

@@ -178,16 +178,17 @@ class Outbox:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _hold(self, capture: Capture, sender: object, data: dict[str, object]) -> None:
+    def _hold(self, capture: Capture, sender: object, data: dict[str, object]) -> UUID | None:
         state = self._state(sender)
         if state.outbox is not self:
-            return  # the app that sends has another outbox, and that one captures
+            return None  # the app that sends has another outbox, and that one captures
         failpoints.reached("C1")
         db_session = sessions.current(state.session)
         with _dooming(db_session):
             key = None if capture.key is None else capture.key.fill(data)
             built = _build(state.settings, capture.topic, data, key, _NO_HEADERS, JSON)
             holding.hold(db_session, self._engine, Held(built, capture.unheard))
+        return built.id
 
     def _state(self, sender: object) -> State:
         """Return the state of the app that *sender* is, else of the current app, else of this outbox without Flask."""
