@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 #: Where pyproject.toml says what runs without any setting.
 CHECKOUT = Path(__file__).resolve().parent.parent
+#: What `[tool.outbox]` gives: setting → its name in Settings.
+_BOX = {
+    "DATABASE_URL": "database_url",
+    "BROKER_URL": "broker_url",
+    "CONSUMER_DATABASE_URL": "consumer_database_url",
+    "OUTBOX_EXCHANGE": "exchange",
+    "OUTBOX_SOURCE": "source",
+}
 
 
 def create_app(config: Mapping[str, Any] = MappingProxyType({})) -> Flask:
@@ -46,9 +54,11 @@ def _create(config: Mapping[str, Any]) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     settings = load(config=app.config, environ=os.environ, folder=CHECKOUT)
     settings.require("DATABASE_URL", "BROKER_URL")
+    # The library reads an application's settings, not its pyproject.toml.
+    app.config.update({name: getattr(settings, attribute) for name, attribute in _BOX.items()})
     engine = create_engine(str(settings.database_url))
     database.init_app(app, engine)
-    outbox.init_app(app, session=database.session)
+    outbox.init_app(app, session=database.session, engine=engine)
     api.init_app(app)
     app.after_request(_harden)
     for command in (commands.migrate, commands.import_):

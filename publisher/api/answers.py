@@ -7,13 +7,17 @@ from urllib.parse import urlencode
 
 from flask import Response, jsonify, request
 
+from publisher.conference import announce
 from publisher.conference.describe import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from publisher.api.requests import Page
     from publisher.conference.models import Event, Part
+
+#: Deleting a room can change hundreds of sessions; proxies refuse long headers.
+MAX_LINKS = 20
 
 
 def thing(state: dict[str, Any]) -> Response:
@@ -47,8 +51,9 @@ def collection(found: Sequence[Event | Part], page: Page) -> Response:
     return answer
 
 
-def link_messages(answer: Response, ids: Iterable[object]) -> Response:
-    """Say where to ask what became of the messages that the change sent."""
-    for message_id in ids:
-        answer.headers.add("Link", f'</v1/messages/{message_id}>; rel="status"')
+def link_messages(answer: Response) -> Response:
+    """Say where to ask what became of the messages that a change sent: a `Link` header for each of the first few."""
+    if answer.status_code < 300:
+        for message_id in announce.message_ids()[:MAX_LINKS]:
+            answer.headers.add("Link", f'</v1/messages/{message_id}>; rel="status"')
     return answer

@@ -9,10 +9,10 @@ from werkzeug.exceptions import NotFound
 
 from outbox import OutboxError
 from outbox.store import operate
+from publisher.conference.describe import moment_text
 from publisher.database import reading
 
 if TYPE_CHECKING:
-    from datetime import datetime
     from uuid import UUID
 
     from flask import Response
@@ -38,12 +38,8 @@ def show(message_id: UUID) -> Response:
             "state": entry.state,
             "attempts": entry.attempts,
             "last_error": entry.last_error,
-            "created_at": _text(entry.created_at),
-            "published_at": _text(found.publications[-1].at) if found.publications else None,
+            "created_at": moment_text(entry.created_at),
+            "published_at": moment_text(found.publications[-1].at) if found.publications else None,
             "held_by": str(found.held_by.id) if found.held_by else None,
         }
     )
-
-
-def _text(moment: datetime) -> str:
-    return moment.isoformat().replace("+00:00", "Z")

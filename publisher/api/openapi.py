@@ -156,7 +156,7 @@ def _parts(kind: Kind) -> Json:
             "get": _list(kind),
             "post": _create(kind),
         },
-        f"/v1/{kind.plural}/{{part_id}}": {"parameters": [_number("part_id")], **_item(kind)},
+        f"/v1/{kind.plural}/{{{kind.name}_id}}": {"parameters": [_number(f"{kind.name}_id")], **_item(kind)},
     }
 
 

@@ -16,7 +16,10 @@ def describe(row: Event | Part) -> dict[str, Any]:
     return {name: _plain(getattr(row, name)) for name in KINDS[type(row)].shown}
 
 
+def moment_text(moment: datetime) -> str:
+    """Return an instant as RFC 3339 in UTC."""
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
-    return value
+    return moment_text(value) if isinstance(value, datetime) else value

@@ -76,7 +76,7 @@ class Kind:
             return f"is read-only: it {self.read_only[name]}"
         if name in self.first:
             return self.first[name][1]
-        return f"is no field of a {self.name}"
+        return "is unknown here"
 
 
 def pointer(name: str) -> str:
