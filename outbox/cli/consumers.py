@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from outbox.cli import context, text
-from outbox.cli.context import Place
+from outbox.cli import context, findings, text
+from outbox.cli.findings import Finding, Verdict
+from outbox.cli.parked import parked
 from outbox.cli.processes import prepare_process
+from outbox.cli.repairs import confirm
 from outbox.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from sqlalchemy.engine import Engine
-
-    from outbox.cli.context import Context
-    from outbox.consumer import Service
+    from outbox.consumer import queues
     from outbox.consumer.operate import Status
+    from outbox.consumer.topology import Queue
 
 _json = click.option("--json", "as_json", is_flag=True, help="For machines.")
 
@@ -32,6 +29,9 @@ def consumer() -> None:
     NAME is a bare name (exports means consumers.exports:service) or module:attribute; the working directory is on the
     import path.
     """
+
+
+consumer.add_command(parked)
 
 
 @consumer.command()
@@ -49,7 +49,7 @@ def run(ctx: click.Context, name: str, drain: bool, http_port: str | None) -> No
     from outbox.cli import services
 
     service = services.find(name)
-    place = _place(here, service, name)
+    place = services.place(here, service, name)
     if not str(here.settings.broker_url).startswith("embedded:"):  # only the embedded mode makes its files by itself
         place.require_file()
     from outbox.consumer import worker
@@ -68,7 +68,7 @@ def migrate(name: str) -> None:
     here = context.current()
     here.settings.require("CONSUMER_DATABASE_URL")
     service = services.find(name)
-    place = _place(here, service, name)
+    place = services.place(here, service, name)
     engine = operate.open_engine(service, here.settings)
     try:
         with place.naming():
@@ -101,7 +101,7 @@ def status(names: tuple[str, ...], as_json: bool) -> None:
     found = []
     for name in wanted:
         service = services.find(name)
-        with opened(here, service, name) as engine:
+        with services.opened(here, service, name) as engine:
             found.append(operate.status(engine, service))
     if as_json:
         rows = [dataclasses.asdict(item) for item in found]
@@ -130,24 +130,70 @@ def _advise(item: Status) -> None:
         text.say("\n" + mark + text.wrapped(sentence, indent="  "))
 
 
-@contextmanager
-def opened(here: Context, service: Service, name: str) -> Iterator[Engine]:
-    """The service's engine, on tables of the right version; database errors inside name CONSUMER_DATABASE_URL."""
-    from outbox.consumer import operate
-
-    place = _place(here, service, name)
-    place.require_file()
-    engine = operate.open_engine(service, here.settings)
-    try:
-        with place.naming():
-            operate.check(service, engine)
-            yield engine
-    finally:
-        engine.dispose()
+# --- queues -------------------------------------------------------------------------------------------------------------
 
 
-def _place(here: Context, service: Service, name: str) -> Place:
-    from sqlalchemy import make_url
+@consumer.command()
+@click.argument("name")
+@click.option("--apply", "apply_", is_flag=True, help="Declare exchange, queues and bindings, as the service does at start.")
+@click.option("--check", is_flag=True, help="Compare with what the broker has; exit 1 unless all is there.")
+@_json
+@click.pass_context
+def topology(ctx: click.Context, name: str, apply_: bool, check: bool, as_json: bool) -> None:
+    """Show, declare or check the queues and bindings that a service needs."""
+    if apply_ and check:
+        raise click.UsageError("--apply and --check exclude each other")
+    from outbox.cli import services
+    from outbox.consumer import queues
 
-    url = make_url(str(here.settings.consumer_database_url).replace("{service}", service.name))
-    return Place("CONSUMER_DATABASE_URL", url, f"outbox consumer migrate {name}")
+    here = context.current()
+    service = services.find(name)
+    if check:
+        found = [_finding(item) for item in queues.check(service, here.settings)]
+        findings.show(found, as_json=as_json)
+        ctx.exit(0 if all(item.verdict is Verdict.OK for item in found) else 1)
+    wanted = (queues.apply if apply_ else queues.show)(service, here.settings)
+    both = (wanted.main, wanted.dead)
+    if as_json:
+        text.say_json([_queue_dict(queue) for queue in both])
+        return
+    if apply_:
+        text.say("Declared:")
+    rows = [(queue.name, queue.exchange, key) for queue in both for key in queue.routing_keys]
+    text.say(text.table(("QUEUE", "EXCHANGE", "TOPIC"), rows))
+
+
+def _queue_dict(queue: Queue) -> dict[str, Any]:
+    return {
+        "name": queue.name,
+        "exchange": queue.exchange,
+        "exchange_type": queue.exchange_type,
+        "topics": list(queue.routing_keys),
+        "arguments": dict(queue.arguments),
+    }
+
+
+def _finding(item: queues.Finding) -> Finding:
+    return Finding("queue", {True: Verdict.OK, False: Verdict.FAIL, None: Verdict.UNKNOWN}[item.ok], item.text)
+
+
+@consumer.command()
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Also when messages are waiting in the queues: they are lost to this service.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def retire(name: str, force: bool, yes: bool) -> None:
+    """Delete the queues of a service for good: from now on nothing is kept for it. Its tables stay."""
+    from outbox.cli import services
+    from outbox.consumer import queues
+
+    here = context.current()
+    service = services.find(name)
+    wanted = queues.show(service, here.settings)
+    also = ", with every message in them" if force else ", unless messages are in them"
+    text.say(f"This would delete the queues {wanted.main.name!r} and {wanted.dead.name!r}{also}.", error=True)
+    confirm(yes)
+    gone = queues.retire(service, here.settings, force=force)
+    if not gone.queues:
+        text.say(f"Service {service.name!r} has no queues.")
+    for queue, held in gone.queues.items():
+        text.say(f"Deleted queue {queue!r}" + (f" with {text.amount(held, 'message')}." if held else "."))

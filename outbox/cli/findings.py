@@ -54,6 +54,16 @@ def line(item: Finding, wide: int) -> str:
     return "\n".join(lines)
 
 
+def show(found: list[Finding], *, as_json: bool) -> None:
+    """Print *found*, aligned or as JSON."""
+    if as_json:
+        text.say_json(as_dicts(found))
+        return
+    wide = max((len(item.check) for item in found), default=0)
+    for item in found:
+        text.say(line(item, wide))
+
+
 def count(findings: Iterable[Finding], verdict: Verdict) -> int:
     """Return how many of *findings* say *verdict*."""
     return sum(item.verdict is verdict for item in findings)

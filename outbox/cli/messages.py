@@ -149,37 +149,33 @@ def _detail_lines(found: Detail) -> Iterator[str]:
     yield ""
     yield from _facts(entry)
     for number, item in enumerate(found.publications):
-        yield _fact("published" if number == 0 else "again", f"{text.moment(item.at)} by {item.relay}")
+        yield text.fact("published" if number == 0 else "again", f"{text.moment(item.at)} by {item.relay}")
     if entry.state == "published" and not found.publications:
-        yield _fact("published", "no receipt says when")
+        yield text.fact("published", "no receipt says when")
     if found.held_by:
         holder = found.held_by
-        yield _fact("waits for", f"{holder.id} ({holder.state}), an earlier message of its key")
+        yield text.fact("waits for", f"{holder.id} ({holder.state}), an earlier message of its key")
     for action in found.actions:
         reason = f": {action.reason}" if action.reason else ""
-        yield _fact(action.action, text.one_line(f"{text.moment(action.at)} by {action.actor}{reason}"))
+        yield text.fact(action.action, f"{text.moment(action.at)} by {action.actor}{reason}")
     for name, value in sorted(found.headers.items()):
-        yield _fact("header", f"{name}={text.one_line(value)}")
+        yield text.fact("header", f"{name}={value}")
     yield ""
     yield _body(found)
 
 
 def _facts(entry: Entry) -> Iterator[str]:
-    yield _fact("topic", entry.topic)
+    yield text.fact("topic", entry.topic)
     if entry.key is not None:
-        yield _fact("key", f"{text.one_line(entry.key)}, sequence {entry.sequence}")
-    yield _fact("source", entry.source)
-    yield _fact("created", text.moment(entry.created_at))
+        yield text.fact("key", f"{entry.key}, sequence {entry.sequence}")
+    yield text.fact("source", entry.source)
+    yield text.fact("created", text.moment(entry.created_at))
     if entry.attempts:
-        yield _fact("attempts", str(entry.attempts))
+        yield text.fact("attempts", str(entry.attempts))
     if entry.last_error:
-        yield _fact("last error", text.one_line(entry.last_error))
+        yield text.fact("last error", entry.last_error)
     if entry.state in ("retrying", "unroutable"):
-        yield _fact("next try", text.moment(entry.available_at))
-
-
-def _fact(name: str, value: str) -> str:
-    return f"  {text.dim(f'{name:<11}')}{value}"
+        yield text.fact("next try", text.moment(entry.available_at))
 
 
 def _body(found: Detail) -> str:
@@ -189,8 +185,7 @@ def _body(found: Detail) -> str:
     if data is _NO_JSON:
         return text.dim(f"  ({len(found.body):,} bytes of {found.content_type}; --json shows them in base64)")
     shown = json.dumps(data, ensure_ascii=False, indent=2)
-    # A terminal obeys control characters; JSON escapes all but these.
-    return "".join(character if character.isprintable() or character == "\n" else " " for character in shown)
+    return text.printable(shown)
 
 
 # --- tail ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""From the name that was typed to the service it means."""
+"""From the name that was typed to the service it means, and to its database."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import pkgutil
 import re
 import sys
 import traceback
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from outbox.cli.context import Place
 from outbox.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
+    from sqlalchemy.engine import Engine
+
+    from outbox.cli.context import Context
     from outbox.consumer import Service
 
 _BARE = re.compile(r"[A-Za-z_]\w*")
@@ -73,3 +79,30 @@ def _broken(module_name: str, error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{frame.filename}, line {frame.lineno}"
     return f"{module_name} can't be imported: {type(error).__name__}: {error} ({place})"
+
+
+# --- its database -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(here: Context, service: Service, name: str) -> Iterator[Engine]:
+    """The engine of *service*, on tables of the right version; database errors inside name CONSUMER_DATABASE_URL."""
+    from outbox.consumer import operate
+
+    where = place(here, service, name)
+    where.require_file()
+    engine = operate.open_engine(service, here.settings)
+    try:
+        with where.naming():
+            operate.check(service, engine)
+            yield engine
+    finally:
+        engine.dispose()
+
+
+def place(here: Context, service: Service, name: str) -> Place:
+    """Return the database of *service*, which was typed as *name*."""
+    from sqlalchemy import make_url
+
+    url = make_url(str(here.settings.consumer_database_url).replace("{service}", service.name))
+    return Place("CONSUMER_DATABASE_URL", url, f"outbox consumer migrate {name}")

@@ -120,6 +120,16 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)
 
 
+def fact(name: str, value: str) -> str:
+    """Return a line of a page about one thing: a dim name, and its value on one line."""
+    return f"  {dim(f'{name:<11}')}{one_line(value)}"
+
+
+def printable(text: str) -> str:
+    """Return *text* in its lines, but without other control characters."""
+    return "\n".join(one_line(line) for line in text.split("\n"))
+
+
 def cut(text: str, room: int) -> str:
     """Return *text*, ended by `…` where it is wider than *room* (but at least 20) columns."""
     room = max(room, 20)

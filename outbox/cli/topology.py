@@ -74,7 +74,7 @@ def _as_dict(found: Topology) -> dict[str, object]:
 def apply() -> None:
     """Create the exchange where it is missing.
 
-    Queues are made by the services that own them, when they start: outbox consumer topology NAME apply.
+    Queues are made by the services that own them, when they start: outbox consumer topology NAME --apply.
     """
     here = context.current()
     here.settings.require("BROKER_URL")
@@ -82,9 +82,9 @@ def apply() -> None:
     if url.startswith("embedded:"):
         text.say(f"The embedded broker has every exchange; nothing is to be done for {exchange!r}.")
         return
-    from outbox.consumer.topology import declare_exchange
+    from outbox.consumer.queues import declare_exchange
 
-    declare_exchange(url, exchange)
+    declare_exchange(here.settings)
     text.say(f"The durable topic exchange {exchange!r} is there.")
 
 
@@ -97,12 +97,7 @@ def check(ctx: click.Context, as_json: bool) -> None:
     Without BROKER_MANAGEMENT_URL nobody knows what RabbitMQ has bound, and unknown is not fine.
     """
     found = list(examine(context.current()))
-    if as_json:
-        text.say_json(findings.as_dicts(found))
-    else:
-        wide = max(len(item.check) for item in found)
-        for item in found:
-            text.say(findings.line(item, wide))
+    findings.show(found, as_json=as_json)
     if any(item.verdict in (Verdict.FAIL, Verdict.UNKNOWN) for item in found):
         ctx.exit(1)
 

@@ -41,6 +41,12 @@ def show(service: Service, settings: Settings) -> Topology:
     return topology.of(service, settings.exchange)
 
 
+def declare_exchange(settings: Settings) -> None:
+    """Make the exchange that every service binds its queue to; doing so again changes nothing. Raises as `apply`."""
+    with _channels(settings) as link:
+        topology.declare_exchange(link.new_channel(), settings.exchange)
+
+
 def apply(service: Service, settings: Settings) -> Topology:
     """Declare exchange, queues and bindings, as the service does when it starts; doing so again changes nothing.
 

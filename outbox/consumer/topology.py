@@ -73,12 +73,17 @@ def of(service: Service, exchange: str) -> Topology:
 def declare(channel: Any, topology: Topology) -> None:
     """Declare exchanges, queues and bindings. Raises ConfigurationError or BrokerError for what waiting won't mend."""
     for queue in (topology.dead, topology.main):  # nothing may be given up on before there is a place for it
-        remedy = f"it must be a durable {queue.exchange_type} exchange; delete it, or choose another OUTBOX_EXCHANGE"
-        with _explained(f"exchange {queue.exchange!r}", remedy):
-            channel.exchange_declare(queue.exchange, queue.exchange_type, durable=True, auto_delete=False)
+        declare_exchange(channel, queue.exchange, queue.exchange_type)
         declare_queue(channel, queue)
         for routing_key in queue.routing_keys:
             channel.queue_bind(queue.name, queue.exchange, routing_key)
+
+
+def declare_exchange(channel: Any, name: str, type_: str = "topic") -> None:
+    """Declare a durable exchange. Raises ConfigurationError where one of that name is of another kind."""
+    remedy = f"it must be a durable {type_} exchange; delete it, or choose another OUTBOX_EXCHANGE"
+    with _explained(f"exchange {name!r}", remedy):
+        channel.exchange_declare(name, type_, durable=True, auto_delete=False)
 
 
 def declare_queue(channel: Any, queue: Queue) -> None:
@@ -99,7 +104,7 @@ def _explained(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except PreconditionFailed as error:
-        raise ConfigurationError(f"{what} exists and is not what this service needs: {_said(error)}; {remedy}") from error
+        raise ConfigurationError(f"{what} exists and is not what is needed: {_said(error)}; {remedy}") from error
     except AccessRefused as error:
         raise BrokerError(f"{what}: the broker refuses it: {_said(error)}; give the user configure, write and read") from error
 
