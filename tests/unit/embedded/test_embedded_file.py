@@ -29,12 +29,15 @@ def test_the_folder_and_the_file_are_created(tmp_path: Path) -> None:
     assert _queue_names(tmp_path / "instance" / "deep" / "broker.db") == []
 
 
-def test_commits_are_synced_and_no_journal_can_undo_them(path: Path) -> None:
+@pytest.mark.parametrize(("version", "journal"), [((3, 40, 1), "truncate"), ((3, 51, 2), "truncate"), ((3, 51, 3), "wal")])
+def test_commits_are_synced_and_no_left_over_journal_can_undo_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int], journal: str
+) -> None:
+    monkeypatch.setattr("sqlite3.sqlite_version_info", version)
     file = BrokerFile(path)
     with file.reading() as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
-        (journal,) = connection.execute("PRAGMA journal_mode").fetchone()
-    assert journal == ("wal" if sqlite3.sqlite_version_info >= (3, 51, 3) else "truncate")
+        assert connection.execute("PRAGMA journal_mode").fetchone() == (journal,)
 
 
 def test_a_transaction_that_raises_leaves_nothing_behind(path: Path) -> None:

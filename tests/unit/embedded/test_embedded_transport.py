@@ -161,7 +161,8 @@ def test_no_timeout_looks_once(queues: Queues, connection: Any) -> None:
 def test_a_message_that_commits_just_after_a_look_found_nothing_is_delivered(
     queues: Queues, connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look, looks = Ownership.take, []
+    look = Ownership.take
+    looks: list[list[Delivery]] = []
 
     def look_and_miss(self: Ownership, count: int) -> list[Delivery]:
         found = look(self, count)
