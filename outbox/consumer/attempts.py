@@ -13,9 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from outbox.backoff import Backoff
-from outbox.consumer.delivery import Deliveries, Settled, now_utc
+from outbox.consumer.delivery import Deliveries, Settled
 from outbox.consumer.failures import describe, first_line, is_transient, place
-from outbox.consumer.outcomes import HandlerMistake, Incomplete, Reject, Retry
+from outbox.consumer.outcomes import Incomplete, Reject, Retry
 from outbox.consumer.parking import Aside
 from outbox.consumer.tables import Reason
 from outbox.consumer.transaction import Transient
@@ -34,6 +34,14 @@ T = TypeVar("T")
 LONGEST_WAIT_SECONDS = 60.0
 
 
+class GivenUp(Exception):
+    """Work found out that its message can't be handled, and no attempt would help."""
+
+    def __init__(self, aside: Aside) -> None:
+        super().__init__(aside.error)
+        self.aside = aside
+
+
 class Stopping(Exception):
     """The process is to end: what is not settled stays with the broker."""
 
@@ -45,16 +53,18 @@ class Policy:
     max_attempts: int = 5
     #: Between the attempts at one message. Short: its worker waits.
     between_attempts: Backoff = field(default=Backoff(0.1, 5.0))
-    #: While the database is away, and after `Retry()`.
-    while_waiting: Backoff = field(default=Backoff(0.5, LONGEST_WAIT_SECONDS))
+    #: While the database is away.
+    without_database: Backoff = field(default=Backoff(0.2, 5.0))
+    #: After `Retry()`.
+    when_asked: Backoff = field(default=Backoff(1.0, LONGEST_WAIT_SECONDS))
 
 
 class Pause:
     """Stops all workers of a service for a while: what they need is away. Shared by all threads."""
 
-    def __init__(self, service: str, backoff: Backoff, stopping: threading.Event, rng: random.Random) -> None:
+    def __init__(self, service: str, policy: Policy, stopping: threading.Event, rng: random.Random) -> None:
         self._service = service
-        self._backoff = backoff
+        self._policy = policy
         self._stopping = stopping
         self._rng = rng
         self._lock = threading.Lock()
@@ -92,13 +102,13 @@ class Pause:
                 self._problem = first_line(cause) if is_transient(cause) else place(cause)
                 sentence = f"service {self._service!r}: its database can't be used now; waiting for it ({self._problem})"
                 say(log, logging.WARNING, "consumer.database_lost", sentence, service=self._service)
-            self._begin(self._backoff.wait(self._failures, self._rng))
+            self._begin(self._policy.without_database.wait(self._failures, self._rng))
 
     def asked_for(self, seconds: float | None) -> None:
         """A handler raised Retry: everybody waits *seconds*, or longer each time."""
         with self._lock:
             self._asked += 1
-            self._begin(self._backoff.wait(self._asked, self._rng) if seconds is None else seconds)
+            self._begin(self._policy.when_asked.wait(self._asked, self._rng) if seconds is None else seconds)
 
     def _begin(self, seconds: float) -> None:
         self._until = max(self._until, time.monotonic() + seconds)
@@ -145,17 +155,26 @@ class Attempts:
                 return True
 
     def _alone(self, arrival: Arrival) -> list[Settled]:
+        def work() -> list[Settled]:
+            return self._watched(arrival) if arrival.suspect else self.deliveries.settle([arrival])
+
         def give_up(aside: Aside) -> list[Settled]:
             return self.deliveries.settle([arrival], {arrival: aside})
 
-        if arrival.suspect:
-            begun = self.until_written(lambda: self.deliveries.begin_attempt(arrival))
-            if begun > self.policy.max_attempts:
-                crashed = f"the process died {begun - 1} times while handling it"
-                return self.until_written(lambda: give_up(Aside(Reason.CRASHED, crashed, attempts=begun - 1)))
-        return self.persist(lambda: self.deliveries.settle([arrival]), give_up, self.deliveries.clock)
+        return self.persist(work, give_up)
 
-    def persist(self, work: Callable[[], T], give_up: Callable[[Aside], T], clock: Callable[[], datetime] = now_utc) -> T:
+    def _watched(self, arrival: Arrival) -> list[Settled]:
+        """Settle a suspect: that it is tried is on record before, in case the process does not live to tell."""
+        begun = self.deliveries.begin_attempt(arrival)
+        if begun > self.policy.max_attempts:
+            raise GivenUp(crashed(begun - 1, "handling"))
+        try:
+            return self.deliveries.settle([arrival])
+        except Exception:
+            self.until_written(lambda: self.deliveries.end_attempt(arrival))  # it failed, and we live
+            raise
+
+    def persist(self, work: Callable[[], T], give_up: Callable[[Aside], T]) -> T:
         """Return what *work* returns, tried as often as the policy allows, else what *give_up* does. Raises Stopping."""
         failed = 0
         while True:
@@ -168,16 +187,18 @@ class Attempts:
             except Retry as later:
                 seconds = later.after_seconds
                 if seconds is not None and seconds > LONGEST_WAIT_SECONDS:
-                    aside = Aside(Reason.LATER, *describe(later), due_at=clock() + timedelta(seconds=seconds))
+                    aside = Aside(Reason.LATER, *describe(later), due_at=self._after(seconds))
                 else:
                     self.pause.asked_for(seconds)
             except Reject as reason:
                 aside = Aside(Reason.REJECTED, *describe(reason), attempts=1, hold=reason.hold)
+            except GivenUp as reason:
+                aside = reason.aside
             except Incomplete as reason:
                 aside = Aside(Reason.INCOMPLETE, describe(reason)[0])
             except Exception as error:  # noqa: BLE001 - a handler may raise anything
                 failed += 1
-                if failed >= self.policy.max_attempts or isinstance(error, HandlerMistake):
+                if failed >= self.policy.max_attempts:
                     aside = Aside(Reason.FAILED, *describe(error), attempts=failed)
                 else:
                     self.pause.rest(self.policy.between_attempts.wait(failed, self._rng))
@@ -186,6 +207,9 @@ class Attempts:
                 return result
             if aside is not None:
                 return self.until_written(partial(give_up, aside))
+
+    def _after(self, seconds: float) -> datetime:
+        return self.deliveries.clock() + timedelta(seconds=seconds)
 
     def until_written(self, write: Callable[[], T]) -> T:
         """Return what *write* returns, tried until the database takes it: what is to be parked has nowhere else to go."""
@@ -198,6 +222,11 @@ class Attempts:
             else:
                 self.pause.over()
                 return result
+
+
+def crashed(times: int, doing: str) -> Aside:
+    """Return the reason for a message that the process did not survive."""
+    return Aside(Reason.CRASHED, f"the process died {times} times while {doing} it", attempts=times)
 
 
 class Turnstile:

@@ -90,6 +90,11 @@ class Deliveries:
         with transaction(self.engine) as session:
             return inbox.begin_attempt(session.connection(), self.service.name, arrival.identity, self.clock())
 
+    def end_attempt(self, arrival: Arrival) -> None:
+        """Record that the attempt ended, without success: the process lives."""
+        with transaction(self.engine) as session:
+            inbox.end_attempts(session.connection(), self.service.name, [arrival.identity])
+
 
 class _Batch:
     """The work of one transaction."""

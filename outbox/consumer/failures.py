@@ -61,6 +61,11 @@ def _is_transient(error: BaseException) -> bool:
     return module in ("pymysql", "MySQLdb") and bool(error.args) and error.args[0] in _MYSQL
 
 
+def is_aborted(error: BaseException) -> bool:
+    """Say whether PostgreSQL refuses a statement because an earlier one of the transaction failed."""
+    return isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) == "25P02"
+
+
 def is_refusal(error: BaseException) -> bool:
     """Say whether a database is there and refuses us as configured."""
     return any(text in str(error) for text in _REFUSALS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from outbox.message import Received
 
 Function = Callable[..., object]
+#: Names of fields in an error.
+_SHOWN = 12
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -51,6 +53,8 @@ class Handler:
         token = current.set(Current(message, db_session))
         try:
             self.function(message, db_session, **fields)
+        except SystemExit as error:
+            raise HandlerMistake(f"{self.name} called sys.exit(); raise Reject or Retry, or let an error out") from error
         finally:
             current.reset(token)
         db_session.flush()  # now, so that an error is this message's and the next one sees what this one wrote
@@ -58,8 +62,9 @@ class Handler:
             raise HandlerMistake(f"{self.name} left a savepoint open; use it as `with db_session.begin_nested():`")
 
 
-def _listed(names: object) -> str:
-    return ", ".join(sorted(map(str, names))) or "no fields"  # type: ignore[call-overload]
+def _listed(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:_SHOWN]) + (", …" if len(shown) > _SHOWN else "") or "no fields"
 
 
 def of_function(topic: str, function: Function) -> Handler:

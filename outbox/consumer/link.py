@@ -41,19 +41,22 @@ def shown(url: str) -> str:
     return url if urlsplit(url).scheme == "embedded" else str(amqp_url.parse(url))
 
 
-def _transport(url: str) -> Any:
+def _transport(url: str, name: str) -> Any:
     """Return kombu's transport to *url*, not yet connected. Raises ConfigurationError."""
     if urlsplit(url).scheme == "embedded":
         return embedded.connection(url).transport
-    return rabbit.transport(amqp_url.parse(url))
+    return rabbit.transport(amqp_url.parse(url), name)
 
 
 class Link:
     """A connection that consumes a service's two queues, a channel each."""
 
-    def __init__(self, url: str) -> None:
-        """Connect. Raises ConfigurationError and BrokerError for what waiting won't mend, otherwise whatever kombu raises."""
-        self._transport = _transport(url)
+    def __init__(self, url: str, *, name: str = "outbox") -> None:
+        """Connect; the broker lists it as *name*.
+
+        Raises ConfigurationError and BrokerError for what waiting won't mend, otherwise whatever kombu raises.
+        """
+        self._transport = _transport(url, name)
         self._polled = self._transport.driver_type != "amqp"
         self._channels: list[tuple[Any, Acks]] = []
         try:
@@ -61,6 +64,8 @@ class Link:
         except (AccessRefused, NotAllowed) as error:
             said = getattr(error, "reply_text", None) or error
             raise BrokerError(f"{shown(url)}: the broker refuses us: {said}; check user, password and virtual host") from error
+        # Kept: asked for its transport after it was lost, py-amqp would silently connect again, without consumers.
+        self._stream: Any = None if self._polled else self._raw.transport
         self._wake_lock = threading.RLock()  # a signal handler may call `wake` anywhere
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -121,13 +126,13 @@ class Link:
 
     def _drain_socket(self) -> None:
         for _ in range(_FRAMES_AT_ONCE):
-            self._raw.blocking_read()
-            if not self._raw.transport.frames.ready:
+            self._raw.on_inbound_frame(self._stream.read_frame())
+            if not self._stream.frames.ready:
                 return
 
     def _readable(self, timeout: float) -> bool:
-        sock = self._raw.sock
-        if self._raw.transport.frames.ready or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
+        sock = self._stream.sock
+        if self._stream.frames.ready or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
             return True
         ready, _, _ = select.select([sock, self._woken], [], [], timeout)
         if self._woken in ready:
@@ -184,7 +189,7 @@ class Link:
             if self._polled:
                 self._raw.close()
             else:
-                self._raw.sock.settimeout(1.0)  # TLS says good-bye and waits for an answer
+                self._stream.sock.settimeout(1.0)  # TLS says good-bye and waits for an answer
                 self._raw.collect()
         with self._wake_lock:
             self._waker.close()

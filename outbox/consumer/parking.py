@@ -90,9 +90,9 @@ def write(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def due(connection: Connection, service: str, now: datetime, limit: int) -> list[Row[Any]]:
-    """Return messages that are due (id, source, key), oldest first; whether their turn has come is another question."""
+    """Return messages that are due (id, source, key, starts); whether their turn has come is another question."""
     query = (
-        sa.select(parked.c.id, parked.c.source, parked.c.key, parked.c.due_at)
+        sa.select(parked.c.id, parked.c.source, parked.c.key, parked.c.starts)
         .where(parked.c.service == service, parked.c.state == State.DUE, parked.c.due_at <= now)
         .order_by(parked.c.due_at, parked.c.id)
         .limit(limit)
@@ -122,6 +122,11 @@ def count_start(connection: Connection, row_id: int) -> int:
     """Record that a replay begins and return how often one began without an end, this one included."""
     statement = sa.update(parked).where(parked.c.id == row_id).values(starts=parked.c.starts + 1).returning(parked.c.starts)
     return int(connection.execute(statement).scalar_one())
+
+
+def forget_starts(connection: Connection, row_id: int) -> None:
+    """Record that no replay of a message is under way."""
+    connection.execute(sa.update(parked).where(parked.c.id == row_id).values(starts=0))
 
 
 def set_aside_again(connection: Connection, row_id: int, aside: Aside, *, holds: bool) -> None:

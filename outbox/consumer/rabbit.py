@@ -36,8 +36,11 @@ _FRAME_END = 0xCE
 Frame = tuple[int, int, bytes]
 
 
-def transport(url: AmqpUrl) -> Any:
-    """Return kombu's transport to *url*, not yet connected. Raises ConfigurationError for certificates that can't be read."""
+def transport(url: AmqpUrl, name: str) -> Any:
+    """Return kombu's transport to *url*, not yet connected; RabbitMQ will list it as *name*.
+
+    Raises ConfigurationError for certificates that can't be read.
+    """
     tls: dict[str, Any] | bool = False
     if url.tls:
         url.tls_context()  # says which file can't be read
@@ -61,6 +64,7 @@ def transport(url: AmqpUrl) -> Any:
         connect_timeout=_CONNECT_SECONDS,
         heartbeat=_HEARTBEAT_SECONDS if url.heartbeat is None else url.heartbeat,
         transport_options={
+            "client_properties": {"connection_name": name},
             "frame_handler": tolerant_frames,
             "read_timeout": SOCKET_SECONDS,
             "write_timeout": SOCKET_SECONDS,

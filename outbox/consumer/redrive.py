@@ -10,17 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from outbox import failpoints
 from outbox.consumer import arrival as arrivals
 from outbox.consumer import inbox, parking, telemetry
-from outbox.consumer.attempts import Stopping
+from outbox.consumer.attempts import GivenUp, Stopping, crashed
 from outbox.consumer.delivery import Settled, Tally, count, task_of
 from outbox.consumer.outcomes import Outcome
 from outbox.consumer.parking import Aside
-from outbox.consumer.tables import Reason, State
+from outbox.consumer.tables import State
 from outbox.consumer.transaction import Transient, reading, transaction
 from outbox.logs import say
 
@@ -37,14 +36,6 @@ log = logging.getLogger(__name__)
 #: How often a service looks for messages that are due.
 _POLL_SECONDS = 1.0
 _AT_ONCE = 50
-
-
-class Unreplayable(Exception):
-    """A parked message still can't be handled, and no attempt would help."""
-
-    def __init__(self, aside: Aside) -> None:
-        super().__init__(aside.error)
-        self.aside = aside
 
 
 class Replays:
@@ -71,6 +62,11 @@ class Replays:
                 parking.wait_for_turn(connection, row_id)
                 return 0
             return parking.count_start(connection, row_id) if self._is_due(head) else 0
+
+    def end(self, row_id: int) -> None:
+        """Record that a replay ended, without success: the process lives."""
+        with transaction(self._deliveries.engine) as session:
+            parking.forget_starts(session.connection(), row_id)
 
     def replay(self, row_id: int, key: Key | None, limit: int) -> list[Settled]:
         """Apply the message, and at most *limit* - 1 of those that wait only for it; raises what a handler raises."""
@@ -124,7 +120,7 @@ class Replays:
         arrival = _arrival(row)
         task = task_of(self._service, arrival)
         if isinstance(task, Aside):
-            raise Unreplayable(task)
+            raise GivenUp(task)
         begun = time.perf_counter()
         task.handle(session, late=row.late)
         return Settled(arrival, Outcome.APPLIED, late=row.late, handler_seconds=time.perf_counter() - begun)
@@ -182,41 +178,42 @@ class Redriver:
         for row in rows:
             key = None if row.key is None else (row.source, row.key)
             if key is None or key not in seen:
-                self._replay(row.id, key)
+                self._replay(row, key)
             if key is not None:
                 seen.add(key)
         return bool(rows)
 
-    def _replay(self, row_id: int, key: Key | None) -> None:
-        attempts = self._attempts
-        starts = attempts.until_written(lambda: self._replays.begin(row_id, key))
-        if starts == 0:
-            return
-
+    def _replay(self, row: Row[Any], key: Key | None) -> None:
         def give_up(aside: Aside) -> list[Settled]:
-            return self._replays.set_aside_again(row_id, key, aside)
+            return self._replays.set_aside_again(row.id, key, aside)
 
-        # A replay that did not end may have killed the process: from the second on it runs alone.
-        guard: AbstractContextManager[None] = self._turnstile.shared() if starts == 1 else self._turnstile.alone()
-        with guard:
-            if starts > attempts.policy.max_attempts:
-                crashed = Aside(Reason.CRASHED, f"the process died {starts - 1} times while replaying it", attempts=starts - 1)
-                settled = attempts.until_written(lambda: give_up(crashed))
-            else:
-                settled = self._persist(row_id, key, 1 if starts > 1 else self._batch, give_up)
+        # A replay that did not end may have killed the process: it runs alone, and brings nobody else's message along.
+        begun_before = row.starts > 0
+        with self._turnstile.alone() if begun_before else self._turnstile.shared():
+            settled = None
+            if key is not None and self._batch > 1 and not begun_before:
+                settled = self._together(row.id, key)
+            if settled is None:
+                settled = self._attempts.persist(lambda: self._watched(row.id, key, 1), give_up)
         telemetry.settled(self._service, settled)
 
-    def _persist(self, row_id: int, key: Key | None, limit: int, give_up: Any) -> list[Settled]:
-        if limit > 1 and key is not None:
-            try:
-                return self._replays.replay(row_id, key, limit)
-            except Exception:  # noqa: BLE001, S110 - whatever it was, it is looked at when the first is alone
-                pass
+    def _together(self, row_id: int, key: Key) -> list[Settled] | None:
+        self._attempts.pause.wait()
+        try:
+            return self._watched(row_id, key, self._batch)
+        except Stopping:
+            raise
+        except Exception:  # noqa: BLE001 - whatever it was, it is looked at when the first is alone
+            return None
 
-        def work() -> list[Settled]:
-            try:
-                return self._replays.replay(row_id, key, 1)
-            except Unreplayable as still:
-                return list(give_up(still.aside))
-
-        return self._attempts.persist(work, give_up, self._attempts.deliveries.clock)
+    def _watched(self, row_id: int, key: Key | None, limit: int) -> list[Settled]:
+        begun = self._replays.begin(row_id, key)
+        if begun == 0:
+            return []
+        if begun > self._attempts.policy.max_attempts:
+            raise GivenUp(crashed(begun - 1, "replaying"))
+        try:
+            return self._replays.replay(row_id, key, limit)
+        except Exception:
+            self._attempts.until_written(lambda: self._replays.end(row_id))
+            raise

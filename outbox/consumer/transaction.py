@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from outbox.consumer.failures import is_transient
+from outbox.consumer.failures import is_aborted, is_transient
 from outbox.consumer.outcomes import HandlerMistake
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ def transaction(engine: Engine) -> Iterator[HandlerSession]:
             Session.rollback(session)
         if lost or is_transient(error):
             raise Transient(str(error)) from error
+        if is_aborted(error):
+            raise HandlerMistake(
+                "a handler caught an error of the database, and PostgreSQL takes nothing more in this transaction; put what "
+                "may fail into `with db_session.begin_nested():`"
+            ) from error
         raise
     finally:
         with contextlib.suppress(SQLAlchemyError):

@@ -72,9 +72,10 @@ class Upkeep:
         self._ended.set()
         self._thread.join(5.0)
 
-    def look(self, link: Link | None) -> None:
-        """Take notice of how the receiving thread stands; called by it at every turn."""
-        if time.monotonic() - self._looked_at < _LOOK_SECONDS and self._view.connected == (link is not None):
+    def look(self, link: Link | None, *, now: bool = False) -> None:
+        """Take notice of how the receiving thread stands; called by it at every turn, it looks only now and then."""
+        recently = time.monotonic() - self._looked_at < _LOOK_SECONDS
+        if recently and not now and self._view.connected == (link is not None):
             return
         self._looked_at = time.monotonic()
         if link is None:

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RECONNECT = Backoff(0.2, 10.0)
+_RECONNECT = Backoff(0.2, 5.0)
 _DATABASE_SECONDS = 1.0
 #: How long the loop waits for the broker before it looks around.
 _TURN_SECONDS = 0.5
@@ -84,12 +85,12 @@ class Runtime:
         self._rng = random.Random()  # noqa: S311 - spreads reconnects, keeps no secret
         self._stopping = threading.Event()
         self._link: Link | None = None
-        self._connected_before = False
+        self._consuming = self._consumed_before = False
         self._lost = ""
         self._turned_at = time.monotonic()
         policy = policy or Policy(max_attempts=settings.consumer_max_attempts)
         self._waiting = Waiting()
-        self._pause = Pause(service.name, policy.while_waiting, self._stopping, self._rng)
+        self._pause = Pause(service.name, policy, self._stopping, self._rng)
         turnstile = Turnstile()
         # SQLite has one writer: more workers would only wait for each other's lock, in ever longer naps.
         workers = 1 if engine.dialect.name == "sqlite" else settings.consumer_workers
@@ -154,12 +155,12 @@ class Runtime:
         self._last_turn()
         unfinished = [each for each in self._backgrounds if not each.stop(max(0.0, deadline - time.monotonic()))]
         if self._link is not None:
+            self._upkeep.look(self._link, now=True)
             try:
                 self._link.flush()
             except Exception as error:
                 log.debug("the last acknowledgements may be lost", exc_info=error)
             self._drop()
-        self._upkeep.look(None)
         self._upkeep.stop()
         if cut_short:
             self._say("consumer.cut_short", "a handler did not end in time; its transaction is rolled back", logging.ERROR)
@@ -199,7 +200,7 @@ class Runtime:
                         self.stop()
             except (ConfigurationError, BrokerError) as error:
                 self._drop()
-                if not self._connected_before:
+                if not self._consumed_before:
                     raise
                 self._say_lost(str(error))
             except Exception as error:  # noqa: BLE001 - whatever a client library raised: the connection is of no more use
@@ -212,14 +213,15 @@ class Runtime:
             self._stopping.wait(_RECONNECT.wait(failures, self._rng))
 
     def _connect(self) -> Link:
-        self._link = link = Link(self._url)
+        self._link = link = Link(self._url, name=f"{self._service.name} {socket.gethostname()}:{os.getpid()}")
         link.consume(self._topology, self._settings.consumer_prefetch, self._arrived)
-        self._connected_before = True
+        self._consuming = self._consumed_before = True
         self._lost = ""
         self._say("consumer.connected", f"consuming {self._topology.main.name!r} on {shown(self._url)}")
         return link
 
     def _drop(self) -> None:
+        self._consuming = False
         link, self._link = self._link, None
         if link is not None:
             link.drop()
@@ -300,7 +302,7 @@ class Runtime:
 
     def ready(self) -> http.Health:
         """Whether messages can be received and applied."""
-        connected, problem = self._link is not None, self._pause.problem
+        connected, problem = self._consuming, self._pause.problem
         detail = {"service": self._service.name, "connected": connected, "broker": self._lost, "database": problem}
         return http.Health(connected and not problem and not self._stopping.is_set(), detail)
 
