@@ -91,11 +91,9 @@ def _line(cells: Sequence[str], widths: Sequence[int], head: Sequence[str], righ
     padded = []
     room = _room()
     for cell, wide, name in zip(cells, widths, head, strict=True):
-        text = one_line(cell)
-        if name == head[-1]:
-            padded.append(cut(text, room))
-            break
-        gap = " " * (wide - width(text))
+        last = name == head[-1]
+        text = cut(one_line(cell), room) if last else one_line(cell)
+        gap = "" if last and name not in right else " " * (wide - width(text))
         shown = coloured(text) if name == "STATE" else text
         padded.append(gap + shown if name in right else shown + gap)
         room -= wide + 2
