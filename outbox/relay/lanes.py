@@ -273,6 +273,8 @@ class Lanes:
             lane = self._lanes[item.row.key]
             lane.waiting.remove(item)
             lane.flying = item
+            if item.row.key in self._saturated:
+                self._refill(item.row.key)
 
     # --- answers ---
 
