@@ -33,10 +33,12 @@ def test_writers_that_start_together_on_a_file_that_is_not_there_lose_nothing_an
         assert event.sequence is not None
         sequences[event.key].append(event.sequence)
         interleaved.append(event.key)
-        delivery.ack()
+        if len(interleaved) % 100 == 0:
+            delivery.ack(multiple=True)
 
     client: Any = connection(url)
     with client, client.channel() as channel:
+        channel.basic_qos(0, 100, False)
         channel.basic_consume(QUEUE, consumer_tag="tests", callback=take)
         for _ in range(WRITERS * MESSAGES):
             client.drain_events(timeout=10)
