@@ -282,6 +282,7 @@ class Pump:
     def abandon(self) -> None:
         """Another relay has the shards: drop what has not been sent."""
         self.lanes.abandon()
+        self._caution.forget(self.lanes.known())
         self._position = Position()
 
     # --- sending ---

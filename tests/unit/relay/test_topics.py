@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from outbox.relay.broker import Outcome
+from outbox.relay.topics import Topics
+from outbox.store.drain import Row
+from outbox.tables import State
+
+
+def row(id: int, topic: str = "x", state: State = State.PENDING, unheard: str = "hold") -> Row:
+    return Row(id, id, 0, topic, None, None, 0, state.value, unheard)
+
+
+def refusing(topics: Topics, now: float = 0.0) -> None:
+    changed = [topics.answered(row(id), Outcome.NACKED, now) for id in range(1, 6)]
+    assert changed == [False, False, False, False, True]
+
+
+def closed(topics: Topics, now: float, loaded: set[int] | None = None) -> tuple[list[str], list[str]]:
+    return topics.closed(now, (loaded or set()).__contains__)
+
+
+def test_as_long_as_some_messages_of_a_topic_pass_it_is_not_in_trouble() -> None:
+    topics = Topics(unheard_seconds=5.0)
+    for id in range(100):
+        assert not topics.answered(row(id), Outcome.CONFIRMED if id % 5 == 4 else Outcome.NACKED, 0.0)
+    assert not topics.troubled
+
+
+def test_a_topic_that_refuses_everything_is_closed_and_what_is_loaded_of_it_unloaded() -> None:
+    topics = Topics(unheard_seconds=5.0)
+    refusing(topics)
+    assert closed(topics, 0.0) == (["x"], [])
+    assert topics.stopped(row(9))
+    assert not topics.stopped(row(9, "y"))
+
+
+def test_a_refusing_topic_is_asked_with_one_message_at_a_time_ever_more_rarely() -> None:
+    topics = Topics(unheard_seconds=5.0)
+    refusing(topics)
+    now, pauses = 0.0, []
+    for probe in range(10, 18):
+        began = now
+        while closed(topics, now) != ([], []):
+            now += 0.5
+        pauses.append(now - began)
+        assert topics.admit(row(probe), now, set().__contains__)
+        assert not topics.admit(row(probe + 100), now, {probe}.__contains__)
+        assert not topics.stopped(row(probe))
+        assert closed(topics, now, {probe}) == (["x"], [])
+        assert not topics.answered(row(probe), Outcome.NACKED, now)
+    assert pauses[0] == 1.0
+    assert pauses == sorted(pauses)
+    assert max(pauses) == 30.0
+
+
+def test_a_probe_that_passes_opens_the_topic() -> None:
+    topics = Topics(unheard_seconds=5.0)
+    refusing(topics)
+    assert topics.admit(row(10), 2.0, set().__contains__)
+    assert topics.answered(row(10), Outcome.CONFIRMED, 2.0)
+    assert closed(topics, 2.0) == ([], [])
+    assert not topics.stopped(row(11))
+    assert not topics.troubled
+
+
+def test_a_probe_that_left_the_memory_unasked_does_not_close_its_topic_for_ever() -> None:
+    topics = Topics(unheard_seconds=5.0)
+    refusing(topics)
+    assert topics.admit(row(10), 2.0, set().__contains__)
+    assert topics.admit(row(11), 2.0, set().__contains__)
+
+
+def test_answers_to_what_was_in_flight_when_the_topic_closed_change_nothing() -> None:
+    topics = Topics(unheard_seconds=5.0)
+    refusing(topics)
+    for id in range(20, 40):
+        assert not topics.answered(row(id), Outcome.NACKED, 0.5)
+    assert closed(topics, 1.0) == ([], [])
+
+
+def test_a_topic_nobody_listens_to_is_asked_again_with_one_unroutable_message_every_few_seconds() -> None:
+    topics = Topics(unheard_seconds=5.0)
+    waiting = row(2, state=State.UNROUTABLE)
+    assert topics.answered(row(1), Outcome.RETURNED, 0.0)
+    assert closed(topics, 4.9) == ([], ["x"])
+    assert not topics.admit(waiting, 4.9, set().__contains__)
+    assert closed(topics, 5.0) == ([], [])
+    assert topics.admit(waiting, 5.0, set().__contains__)
+    assert not topics.admit(row(3, state=State.UNROUTABLE), 5.0, {2}.__contains__)
+    assert not topics.answered(waiting, Outcome.RETURNED, 6.0)
+    assert closed(topics, 10.9) == ([], ["x"])
+
+
+def test_new_messages_of_a_topic_nobody_listens_to_still_go_out_once() -> None:
+    topics = Topics(unheard_seconds=5.0)
+    topics.answered(row(1), Outcome.RETURNED, 0.0)
+    assert topics.admit(row(2), 0.0, set().__contains__)
+    assert not topics.stopped(row(2))
+
+
+def test_any_confirm_of_the_topic_frees_its_unroutable_messages() -> None:
+    topics = Topics(unheard_seconds=5.0)
+    topics.answered(row(1), Outcome.RETURNED, 0.0)
+    assert topics.answered(row(2), Outcome.CONFIRMED, 0.1)
+    assert closed(topics, 0.1) == ([], [])
+
+
+def test_a_message_of_which_nobody_needs_to_hear_says_nothing_about_its_topic() -> None:
+    topics = Topics(unheard_seconds=5.0)
+    assert not topics.answered(row(1, unheard="drop"), Outcome.RETURNED, 0.0)
+    assert not topics.troubled
