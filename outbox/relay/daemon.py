@@ -18,11 +18,13 @@ from outbox.backoff import Backoff
 from outbox.http import Health, Server
 from outbox.logs import say
 from outbox.relay import open_broker, telemetry
+from outbox.relay.listen import Listener
 from outbox.relay.pump import Limits, Pump
 from outbox.relay.shards import Shards
 from outbox.relay.verdict import Policy
 from outbox.store import drain, leases
 from outbox.tables import SHARDS, State
+from outbox.wakeup import THROTTLE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,7 +135,12 @@ class Relay:
                 max_attempts=settings.max_attempts,
                 backoff=Backoff(settings.backoff_base_seconds, settings.backoff_max_seconds),
             ),
-            Limits(batch_rows=settings.batch_size, window=settings.window, poll_seconds=settings.poll_seconds),
+            Limits(
+                batch_rows=settings.batch_size,
+                window=settings.window,
+                poll_seconds=settings.poll_seconds,
+                woken_seconds=2 * THROTTLE_SECONDS,
+            ),
             relay_id=self.id,
             clock=clock,
         )
@@ -144,6 +151,12 @@ class Relay:
         self._beat_at = self._census_at = self._forget_at = 0.0
         self._turned_at = self._progress_at = clock()
         self._passes = 0
+        self._woken = False
+
+    def wake(self) -> None:
+        """There is something to read; from any thread."""
+        self._woken = True
+        self._broker.wake()
 
     def stop(self) -> None:
         """Ask it to end, in order; safe in a signal handler and from any thread."""
@@ -157,15 +170,19 @@ class Relay:
         server = Server(address, live=self._live, ready=self._ready) if address else None
         if server:
             server.start()
+        listener = Listener(self._engine, self.wake, self._settings.poll_seconds)
         self._broker.start()
         try:
             if not self._await_schema():
                 return OK if self._stopping else TRY_LATER
             say(log, logging.INFO, "relay.started", f"relay {self.id} publishes to exchange {self._settings.exchange!r}")
+            if self._mode is Mode.RUN:
+                listener.start()
             code = self._work()
             self._finish()
             return code
         finally:
+            listener.stop()
             self._broker.stop(_STOP_BROKER_SECONDS)
             if server:
                 server.stop()
@@ -200,6 +217,9 @@ class Relay:
         if self.pump.collect(self._wait_seconds()):
             self._progress_at = self._clock()
         self.pump.send()
+        if self._woken:
+            self._woken = False
+            self.pump.wake()
         now = self._turned_at = self._clock()
         if self._database.may_try(now):
             with self._database.attempt():

@@ -243,7 +243,7 @@ class Pump:
         if content.postponed:
             self._position.stop_before(min(row.id for row in chosen if row.message_row in content.postponed))
         self.exhausted = after == 0 and not rows and self.lanes.idle
-        self._plan_next_read(ended, len(rows), more=len(rows) == room or bool(content.postponed))
+        self._plan_next_read(now, len(rows), more=len(rows) == room or bool(content.postponed))
         failpoints.reached("R1")
         return len(loaded)
 
@@ -265,7 +265,8 @@ class Pump:
         problem = str(message) if message is not None else f"its row {row.message_row} of outbox_message is gone"
         return Item(row, None, _ENVELOPE_BYTES, epoch, problem=problem)
 
-    def _plan_next_read(self, now: float, found: int, *, more: bool) -> None:
+    def _plan_next_read(self, began: float, found: int, *, more: bool) -> None:
+        now = self._clock()
         if found:
             self._flowing_until = now + 1.0
             if now < self._woken_until:
@@ -273,7 +274,7 @@ class Pump:
         if more:
             self._read_at = now
         elif now < self._woken_until:
-            self._read_at = now + _WOKEN_READ_SECONDS
+            self._read_at = now + max(_WOKEN_READ_SECONDS, now - began)
         elif now < self._flowing_until:
             self._read_at = now + min(_FLOWING_READ_SECONDS, self._limits.poll_seconds)
         else:

@@ -1,0 +1,82 @@
+"""Hear of commits on PostgreSQL: LISTEN on a connection of its own, in a thread. Only a hint; without it the relay polls."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+from outbox import duration
+from outbox.backoff import Backoff
+from outbox.relay.telemetry import Announcer
+from outbox.store.drain import describe
+from outbox.wakeup import CHANNEL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Engine
+
+log = logging.getLogger(__name__)
+
+#: How long the thread waits for a notification before it looks whether it should end.
+_WAIT_SECONDS = 0.2
+
+
+class Listener:
+    """Calls *wake* whenever a writer says that it committed; says once that it can't, and tries again."""
+
+    def __init__(self, engine: Engine, wake: Callable[[], None], poll_seconds: float) -> None:
+        self._engine = engine
+        self._wake = wake
+        self._otherwise = f"new messages are looked for every {duration.format(poll_seconds)}"
+        self._announcer = Announcer(log)
+        self._backoff = Backoff(0.5, 30.0)
+        self._heard = False
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="outbox-listen", daemon=True)
+
+    def start(self) -> None:
+        """Begin to listen, if the database can tell."""
+        if self._engine.dialect.name == "postgresql" and self._engine.dialect.driver != "psycopg":
+            self._say_deaf(f"the driver {self._engine.dialect.driver} can't wait for notifications, psycopg can")
+        elif self._engine.dialect.name == "postgresql":
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(5.0)
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            try:
+                self._listen()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the relay works without
+                failures = 1 if self._heard else failures + 1
+                self._say_deaf(describe(error))
+                self._stopping.wait(self._backoff.ceiling(failures))
+
+    def _listen(self) -> None:
+        self._heard = False
+        pooled = self._engine.raw_connection()
+        pooled.detach()  # it is this thread's alone, and stays open while the pool's come and go
+        connection: Any = pooled.driver_connection
+        try:
+            connection.autocommit = True
+            connection.execute(f"LISTEN {CHANNEL}")
+            self._heard = True
+            self._announcer.state("wakeup", "listening", logging.INFO, "commits are heard of at once")
+            self._wake()  # for what was committed before
+            while not self._stopping.is_set():
+                for _ in connection.notifies(timeout=_WAIT_SECONDS):
+                    self._wake()
+        finally:
+            connection.close()
+
+    def _say_deaf(self, problem: str) -> None:
+        self._announcer.state(
+            "wakeup", "polling", logging.WARNING, f"commits can't be heard of; {self._otherwise}", problem=problem
+        )
