@@ -55,7 +55,7 @@ _CONNECT_SECONDS = 10.0
 #: How long a connection that we end may take for its last words.
 _GOODBYE_SECONDS = 1.0
 _RECONNECT = Backoff(0.2, 5.0)
-_REFUSED = Backoff(1.0, 30.0)
+_REFUSED = Backoff(1.0, 30.0)  # the broker logs every refused login
 
 
 class RabbitBroker:
@@ -71,7 +71,7 @@ class RabbitBroker:
         reconnect: Backoff = _RECONNECT,
         refused: Backoff = _REFUSED,
     ) -> None:
-        """*refused* is the pace of new attempts when the broker is there but does not want us, *reconnect* of all others."""
+        """*refused* is the pace of new attempts when the broker does not let us in, *reconnect* of all others."""
         self.url = amqp_url.parse(url)
         self.exchange = exchange
         self.app_id = app_id
@@ -129,11 +129,10 @@ class RabbitBroker:
     def _run(self) -> None:
         attempt = 0
         while True:
-            link = _Link(self)
             with self._lock:
                 if self._stopping.is_set():
                     break
-                self._link = link
+                link = self._link = _Link(self)
             try:
                 end = link.run()
             except Exception as mistake:
@@ -142,7 +141,8 @@ class RabbitBroker:
             self._ended(link, end)
             attempt = 1 if link.proven else attempt + 1
             if not end.expected:
-                backoff = self._refused if end.refused else self._reconnect
+                # Only a login is asked for slowly: an exchange may be declared any moment, by a service that starts.
+                backoff = self._refused if end.refused and not link.was_open else self._reconnect
                 self._stopping.wait(backoff.wait(attempt, self._random))
 
     def _ended(self, link: _Link, end: Ending) -> None:
@@ -155,11 +155,11 @@ class RabbitBroker:
             self._answers.put([Answer(in_flight.pop(), Outcome.REFUSED, end.detail)])
         self._lost(in_flight, end.detail)
         self._lost(unwritten, NOT_SENT + end.detail)
-        self._news.doubt(link.ready and not link.proven and bool(in_flight or unwritten))
+        self._news.doubt(link.ready and bool(link.blocked or (not link.proven and (in_flight or unwritten))))
         if end.expected:
             self._news.trouble("stopped", end.detail, logging.INFO)
         elif end.refused:
-            self._news.trouble("refused", f"{end.detail}; trying again, slowly", logging.ERROR)
+            self._news.trouble("refused", f"{end.detail}; trying again until it is allowed", logging.ERROR)
         else:
             self._news.trouble("lost" if link.ready else "unreachable", f"{end.detail}; trying again until it is back")
 
@@ -211,13 +211,15 @@ class _Link:
         #: Not written yet.
         self._queue: deque[Outgoing] = deque()
         self._end: Ending | None = None
-        self._connected = False
-        self._blocked = False
         self._write_scheduled = False
         #: When the last confirm came, or the first of the messages now unanswered: what silence is counted from.
         self._heard_at = 0.0
+        #: The broker let us in.
+        self.was_open = False
         #: The channel stands and confirms are on.
         self.ready = False
+        #: Why the broker reads nothing; empty: it reads.
+        self.blocked = ""
         #: A confirm came: connection, exchange and permissions are as they should be.
         self.proven = False
 
@@ -265,7 +267,7 @@ class _Link:
 
     def _close(self, seconds: float) -> None:
         goodbye = Ending(f"disconnected from {self._broker.url}", expected=True)
-        if self.ready and self._end is None and not self._blocked and not self._unanswered:
+        if self.ready and self._end is None and not self.blocked and not self._unanswered:
             self._end = goodbye
             self._loop.call_later(seconds, self._loop.stop)
             self._connection.close()
@@ -273,7 +275,7 @@ class _Link:
             self._finish(goodbye)
 
     def _on_connected(self, connection: Any) -> None:
-        self._connected = True
+        self.was_open = True
         self._loop.call_later(_CONNECT_SECONDS, self._give_up_waiting)
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
@@ -299,6 +301,8 @@ class _Link:
         self.ready = True
         self._watch()
         self._broker.ready()
+        if self.blocked:
+            self._broker.blocked(self.blocked)
 
     def _give_up_waiting(self) -> None:
         if not self.ready:
@@ -306,11 +310,11 @@ class _Link:
 
     def _on_closed(self, connection: Any, error: Exception) -> None:
         if self._end is None:
-            url, was_open = self._broker.url, self._connected
+            url = self._broker.url
             if connection.last_words is not None:
-                self._end = endings.closed_by_broker(url, *connection.last_words, was_open=was_open)
+                self._end = endings.closed_by_broker(url, *connection.last_words, was_open=self.was_open)
             else:
-                self._end = endings.failed(url, error, was_open=was_open)
+                self._end = endings.failed(url, error, was_open=self.was_open)
         self._loop.stop()
 
     def _on_channel_closed(self, _: Any, error: Exception) -> None:
@@ -333,7 +337,7 @@ class _Link:
     def _write(self) -> None:
         """Write one portion of the queue, as far as may be, and come back for the rest."""
         self._write_scheduled = False
-        if self._end is not None or self._blocked:
+        if self._end is not None or self.blocked:
             return
         portion: list[bytes] = []
         size = 0
@@ -365,7 +369,8 @@ class _Link:
         try:
             return self._encoder.encode(outgoing.message, message_id)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this message's fault alone, and no byte is out
-            self._broker.answered([Answer(outgoing.token, Outcome.REFUSED, f"it can't be encoded: {error!r}")])
+            # Not the error's text: that may quote what it choked on.
+            self._broker.answered([Answer(outgoing.token, Outcome.REFUSED, f"AMQP can't carry it: {type(error).__name__}")])
             return None
 
     def _on_confirm(self, frame: Any) -> None:
@@ -407,17 +412,19 @@ class _Link:
         if remaining > 0:
             self._loop.call_later(remaining, self._watch)
         else:
-            silence = "it takes no messages" if self._blocked else "no confirm came"
+            silence = "it takes no messages" if self.blocked else "no confirm came"
             self._finish(Ending(f"dropped the connection to {self._broker.url}: {silence} for {self._timeout_seconds:g} s"))
 
     def _on_blocked(self, _: Any, frame: Any) -> None:
-        self._blocked = True
-        self._broker.blocked(frame.method.reason)
+        self.blocked = frame.method.reason or "it is out of some resource"
+        if self.ready:
+            self._broker.blocked(self.blocked)
 
     def _on_unblocked(self, _connection: Any, _frame: Any) -> None:
-        self._blocked = False
-        self._broker.unblocked()
-        self._write()
+        self.blocked = ""
+        if self.ready:
+            self._broker.unblocked()
+            self._write()
 
 
 class _Connection(pika.SelectConnection):  # type: ignore[misc]
@@ -466,6 +473,8 @@ def _parameters(url: AmqpUrl, app_id: str) -> pika.ConnectionParameters:
         virtual_host=url.vhost,
         credentials=pika.PlainCredentials(url.user, url.password),
         heartbeat=url.heartbeat,
+        # No blocked_connection_timeout: silence while messages wait ends a blocked connection as well, and without any it
+        # is good to know that the broker is blocked.
         ssl_options=pika.SSLOptions(context, url.server_name) if context is not None else None,
         socket_timeout=_CONNECT_SECONDS,
         stack_timeout=_CONNECT_SECONDS * 2,

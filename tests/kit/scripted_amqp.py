@@ -156,6 +156,8 @@ class Session:
                 code, words = refusals[type(method)]
                 (self.close_connection if received.channel_number == 0 else self.close_channel)(code, words)
             elif type(method) in _REPLIES:
+                if self._server.blocks_from_the_start and isinstance(method, spec.Channel.Open):
+                    self.block("low on memory")
                 self._say(_REPLIES[type(method)](), channel=received.channel_number)
             elif isinstance(method, spec.Basic.Publish):
                 self._published(method)
@@ -220,6 +222,7 @@ class ScriptedAmqp:
         self.refusals: dict[type, tuple[int, str]] = {}
         #: While true, connections are taken and nothing is said on them.
         self.mute = False
+        self.blocks_from_the_start = False
         self._sessions: list[Session] = []
         self._threads: list[threading.Thread] = []
         self._listener: socket.socket | None = None
