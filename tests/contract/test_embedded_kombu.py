@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXCHANGE = "conference"
 QUEUE = "conference.exports"
-SOON = 0.3  # seconds in which nothing may happen
+SOON = 0.2  # seconds in which nothing may happen
 LONG = 10.0
 
 
