@@ -42,12 +42,12 @@ class History:
 
 OUTBOX = History(name="outbox", steps=(m0001_initial.upgrade,), command="outbox migrate")
 
-_versions = sa.Table(
-    VERSION_TABLE,
-    sa.MetaData(),
-    sa.Column("history", sa.String(100), primary_key=True),
-    sa.Column("version", sa.Integer, nullable=False),
-)
+
+def _version_columns() -> tuple[sa.Column[str], sa.Column[int]]:
+    return sa.Column("history", sa.String(100), primary_key=True), sa.Column("version", sa.Integer, nullable=False)
+
+
+_versions = sa.Table(VERSION_TABLE, sa.MetaData(), *_version_columns())
 #: Any number, the same in all our processes: two migrations at once wait for each other.
 _LOCK = 7_225_514_401
 
@@ -85,7 +85,7 @@ def sql(dialect: str, history: History = OUTBOX) -> str:
     """Return the statements that `upgrade` would run on an empty database of *dialect*."""
     buffer = io.StringIO()
     operations = _operations(dialect_name=dialect, opts={"as_sql": True, "output_buffer": buffer, "literal_binds": True})
-    operations.create_table(_versions.name, *(column.copy() for column in _versions.columns))
+    operations.create_table(VERSION_TABLE, *_version_columns())
     for step in history.steps:
         step(operations)
     operations.execute(_versions.insert().values(history=history.name, version=len(history.steps)))

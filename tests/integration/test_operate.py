@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +26,25 @@ if TYPE_CHECKING:
     from outbox.message import Message
 
 
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    made = database.create_engine(database_url)
-    migrations.upgrade(made)
-    yield made
-    made.dispose()
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One database for all tests here: each of them rolls back."""
+    with ExitStack() as stack:
+        if request.param == "sqlite":
+            url = f"sqlite:///{tmp_path_factory.mktemp('operate')}/outbox.db"
+        else:
+            url = stack.enter_context(request.getfixturevalue("postgres_server").database())
+        made = database.create_engine(url)
+        stack.callback(made.dispose)
+        migrations.upgrade(made)
+        yield made
 
 
 @pytest.fixture
 def connection(engine: Engine) -> Iterator[Connection]:
-    with engine.begin() as opened:
+    with engine.connect() as opened, opened.begin() as transaction:
         yield opened
+        transaction.rollback()
 
 
 def _put(
