@@ -14,7 +14,7 @@ from publisher.conference.columns import Moment, Number
 
 if TYPE_CHECKING:
     from alembic.operations import Operations
-    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine import Engine
 
 
 def upgrade(bind: Engine) -> int:
@@ -23,10 +23,11 @@ def upgrade(bind: Engine) -> int:
         return migrations.upgrade(connection) + migrations.upgrade(connection, PUBLISHER)
 
 
-def check(bind: Engine | Connection) -> None:
-    """Raise SchemaError, saying what to do, unless all tables are of this code's version."""
-    migrations.check(bind, PUBLISHER)
-    migrations.check(bind)
+def check(engine: Engine) -> None:
+    """Raise SchemaError, saying what to do, unless all tables are of this code's version. Waits for no writer."""
+    with engine.connect().execution_options(outbox_read_only=True) as connection:
+        migrations.check(connection, PUBLISHER)
+        migrations.check(connection)
 
 
 def _m0001_initial(op: Operations) -> None:

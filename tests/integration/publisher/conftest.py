@@ -1,21 +1,34 @@
-"""An application on a new database, and a client that speaks to it like a person with curl. Its broker does not exist."""
+"""An application on an empty database, and a client that speaks to it like a person with curl. Its broker does not exist.
+
+Every answer in these tests is held to /openapi.json.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sqlalchemy as sa
 
 import publisher
 from outbox import Message
+from outbox.database import create_engine
 from publisher import database, migrations, topics
+from publisher.api import openapi
+from tests.integration.publisher.contract import Contract
 
 if TYPE_CHECKING:
     from flask import Flask
+    from werkzeug.datastructures import Headers
     from werkzeug.test import TestResponse
+
+    from tests.kit.servers import ExternalPostgres, PostgresServer
+
+CONTRACT = Contract(openapi.document("0"))
 
 EVENT = {
     "name": "Blinker Day",
@@ -41,13 +54,20 @@ class Api:
     def request(self, method: str, path: str, body: Any = None, **options: Any) -> TestResponse:
         if body is not None:
             options["json"] = body
-        return self.app.test_client().open(path, method=method, **options)
+        answer = self.app.test_client().open(path, method=method, **options)
+        CONTRACT.check(method, path, body, answer)
+        return answer
+
+    def post(self, path: str, body: Any) -> tuple[Any, Headers]:
+        """Make something; return it and the headers of the answer."""
+        answer = self.request("POST", path, body)
+        return self._checked(answer, 201), answer.headers
 
     def get(self, path: str) -> Any:
         return self._checked(self.request("GET", path), 200)
 
     def make(self, path: str, **fields: Any) -> Any:
-        return self._checked(self.request("POST", path, fields), 201)
+        return self.post(path, fields)[0]
 
     def change(self, path: str, **fields: Any) -> Any:
         return self._checked(self.request("PATCH", path, fields), 200)
@@ -94,10 +114,29 @@ def data_of(message: Message) -> Any:
     return json.loads(message.body)
 
 
+@pytest.fixture(scope="package")
+def shared_postgres_url(postgres_server: PostgresServer | ExternalPostgres) -> Iterator[str]:
+    """One database for these tests: making one takes longer than any of them."""
+    with postgres_server.database() as url:
+        yield url
+
+
 @pytest.fixture
-def app(database_url: str) -> Iterator[Flask]:
+def empty_postgres_url(shared_postgres_url: str) -> str:
+    """The shared database without any row."""
+    engine = create_engine(shared_postgres_url)
+    with engine.begin() as connection:
+        tables = [name for name in sa.inspect(connection).get_table_names() if name not in ("outbox_version", "outbox_shard")]
+        if tables:
+            connection.exec_driver_sql(f"TRUNCATE {', '.join(tables)}")
+    engine.dispose()
+    return shared_postgres_url
+
+
+@pytest.fixture(params=["sqlite_url", pytest.param("empty_postgres_url", marks=pytest.mark.postgres)])
+def app(request: pytest.FixtureRequest) -> Iterator[Flask]:
     """The application: the test runs on SQLite and on PostgreSQL."""
-    made = application(database_url)
+    made = application(request.getfixturevalue(request.param))
     yield made
     database.of(made).engine.dispose()
 
@@ -115,9 +154,18 @@ def sent() -> Iterator[list[Message]]:
         yield messages
 
 
-@pytest.fixture
-def sqlite_api(sqlite_url: str) -> Iterator[Api]:
-    """A client of an application on SQLite, for what does not depend on the database."""
-    made = application(sqlite_url)
+@pytest.fixture(scope="package")
+def sqlite_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """A client of one application on SQLite, for what depends neither on the database nor on what others put into it."""
+    made = application(f"sqlite:///{tmp_path_factory.mktemp('publisher') / 'shared.db'}")
     yield Api(made)
     database.of(made).engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a database without tables."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'empty.db'}"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
