@@ -134,9 +134,8 @@ def _after_begin(session: Session, _transaction: SessionTransaction, connection:
 
 @event.listens_for(Session, "before_commit")
 def _before_commit(session: Session) -> None:
-    state: _State | None = session.info.get(_STATE)
-    if state is None:
-        return
+    # Made here if there is none: a flush inside this very commit may be the first to send.
+    state = _state_of(session)
     state.committing += 1
     nested = session.get_nested_transaction()
     owner = nested or session.get_transaction()

@@ -46,7 +46,7 @@ def write(connection: Connection, batch: Sequence[Held], *, notify: bool = False
         if connection.dialect.name == "postgresql":
             _write_postgresql(connection, chunk, notify)
         else:
-            _write_rows(connection, chunk)
+            _write_sqlite(connection, chunk)
 
 
 def shard_of(message: Message) -> int:
@@ -151,31 +151,34 @@ def _write_postgresql(connection: Connection, batch: Sequence[Held], notify: boo
     connection.execute(_WRITE_AND_NOTIFY if notify else _WRITE, parameters)
 
 
-# --- other databases: three statements ----------------------------------------------------------------------------------
+# --- SQLite -------------------------------------------------------------------------------------------------------------
 
 
-def _write_rows(connection: Connection, batch: Sequence[Held]) -> None:
+def _write_sqlite(connection: Connection, batch: Sequence[Held]) -> None:
     last = _count_keys(connection, _counts(batch))
     sequences = [
         None if back is None else last[held.message.key or ""] - back for held, back in zip(batch, _back(batch), strict=True)
     ]
-    rows = [
-        {
-            "message_id": m.id, "source": m.source, "topic": m.topic, "key": m.key, "sequence": sequence,
-            "content_type": m.content_type, "headers": _headers(m), "body": m.body, "created_at": m.created_at,
-        }
-        for m, sequence in zip((held.message for held in batch), sequences, strict=True)
-    ]  # fmt: skip
-    insert = sa.insert(tables.message).returning(tables.message.c.id, sort_by_parameter_order=True)
-    ids = connection.scalars(insert, rows).all()
+    connection.execute(
+        sa.insert(tables.message),
+        [
+            {
+                "message_id": m.id, "source": m.source, "topic": m.topic, "key": m.key, "sequence": sequence,
+                "content_type": m.content_type, "headers": _headers(m), "body": m.body, "created_at": m.created_at,
+            }
+            for m, sequence in zip((held.message for held in batch), sequences, strict=True)
+        ],
+    )  # fmt: skip
+    # There is one writer at a time, and AUTOINCREMENT counts on from the highest: these rows are the last ones, without gap.
+    last_row = connection.scalar(sa.select(sa.func.max(tables.message.c.id))) or 0
     connection.execute(
         sa.insert(tables.pending),
         [
             {
-                "message_row": id_, "shard": shard_of(held.message), "topic": held.message.topic, "key": held.message.key,
+                "message_row": row, "shard": shard_of(held.message), "topic": held.message.topic, "key": held.message.key,
                 "sequence": sequence, "available_at": held.message.created_at, "unheard": held.unheard,
             }
-            for id_, held, sequence in zip(ids, batch, sequences, strict=True)
+            for row, held, sequence in zip(range(last_row - len(batch) + 1, last_row + 1), batch, sequences, strict=True)
         ],
     )  # fmt: skip
 

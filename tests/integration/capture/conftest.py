@@ -1,0 +1,82 @@
+"""An outbox with a database of its own, its session, and what is in its tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+from blinker import Namespace
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
+
+from outbox import Outbox, migrations, tables
+from outbox.database import create_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from blinker import NamedSignal
+    from sqlalchemy.engine import Engine
+
+
+class Base(DeclarativeBase):
+    """The application's own tables."""
+
+
+class Talk(Base):
+    """A row of the application; its title is unique, so that a flush can fail."""
+
+    __tablename__ = "talk"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(sa.String(100), unique=True)
+
+
+@dataclass
+class World:
+    """What a test of capture works with."""
+
+    engine: Engine
+    sessions: scoped_session[Session]
+    outbox: Outbox
+    signal: NamedSignal
+
+    @property
+    def session(self) -> Session:
+        return self.sessions()
+
+    def begin(self) -> Session:
+        """Return the session with a transaction begun."""
+        self.session.begin()
+        return self.session
+
+    def send(self, **data: Any) -> None:
+        self.signal.send(None, **{"event_id": 1, **data})
+
+    def rows(self) -> list[Any]:
+        """Return the pending rows with their messages, in the order in which a relay reads them."""
+        query = (
+            sa.select(tables.pending, tables.message.c.body, tables.message.c.headers, tables.message.c.message_id)
+            .join(tables.message, tables.message.c.id == tables.pending.c.message_row)
+            .order_by(tables.pending.c.id)
+        )
+        with self.engine.connect() as connection:
+            return list(connection.execute(query))
+
+    def numbered(self) -> list[tuple[str | None, int | None]]:
+        return [(row.key, row.sequence) for row in self.rows()]
+
+
+@pytest.fixture
+def world(database_url: str) -> Iterator[World]:
+    engine = create_engine(database_url)
+    migrations.upgrade(engine)
+    Base.metadata.create_all(engine)
+    sessions = scoped_session(sessionmaker(engine))
+    outbox = Outbox(session=sessions, source="/tests")
+    signal = Namespace().signal("talks_modified")
+    outbox.capture(signal, topic="talk.modified", key="event:{event_id}")
+    yield World(engine, sessions, outbox, signal)
+    sessions.remove()
+    engine.dispose()
