@@ -48,7 +48,7 @@ def prepare(engine: Engine) -> Engine:
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_immediate)
-        engine.dispose()  # connections made before were not configured
+        _reconfigure(engine)
     else:
         event.listen(engine, "handle_error", _drop_demoted_primary)
     return engine
@@ -68,6 +68,19 @@ def autocommitting(engine: Engine) -> Engine:
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
+def _reconfigure(engine: Engine) -> None:
+    """Give connections that were made before what new ones get."""
+    if engine.url.database not in (None, "", ":memory:"):
+        engine.dispose()
+        return
+    raw = engine.raw_connection()  # the database in memory is that connection: closed, it would be gone
+    try:
+        if raw.dbapi_connection is not None:
+            _configure_sqlite(raw.dbapi_connection, None)
+    finally:
+        raw.close()
+
+
 def is_prepared(engine: Engine) -> bool:
     """Say whether `prepare` has seen *engine*."""
     return bool(engine.get_execution_options().get(_PREPARED))
@@ -78,8 +91,9 @@ def _configure_sqlite(connection: DBAPIConnection, _record: object) -> None:
     # survive a rollback. With isolation_level None it sends none, and `_begin_immediate` does.
     connection.isolation_level = None
     cursor = connection.cursor()
-    # Rollback journal: before 3.51.3 two processes that checkpoint a WAL at once can lose a commit.
-    journal = "WAL" if sqlite3.sqlite_version_info >= (3, 51, 3) else "DELETE"
+    # Rollback journal: before 3.51.3 two processes that checkpoint a WAL at once can lose a commit. TRUNCATE, because DELETE
+    # does not sync the folder after it removed the journal: after a power failure it may be back and undo a reported commit.
+    journal = "WAL" if sqlite3.sqlite_version_info >= (3, 51, 3) else "TRUNCATE"
     for pragma in ("busy_timeout=30000", f"journal_mode={journal}", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
