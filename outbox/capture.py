@@ -135,10 +135,7 @@ class _CapturedSignal(Signal):
 
     def _capture(self, sender: object, kwargs: dict[str, Any]) -> list[tuple[Callable[..., Any], Any]]:
         data = {name: value for name, value in kwargs.items() if name not in ("_async_wrapper", "_sync_wrapper")}
-        found = captures(self)
-        for capture in found:
-            capture(sender, **data)
-        return [(capture, None) for capture in found]
+        return [(capture, capture(sender, **data)) for capture in captures(self)]
 
 
 def captures(signal: Signal) -> list[Capture]:
