@@ -1,0 +1,321 @@
+"""The statements of the relay, on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import pytest
+import sqlalchemy as sa
+
+from outbox import database, tables
+from outbox.errors import InvalidMessage
+from outbox.message import Message
+from outbox.store import drain, leases
+from outbox.store.drain import Change, Confirmed, Exclusions
+from outbox.tables import State
+from tests.builders import message, write, write_message, write_pending
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+
+
+def keyed(topic: str = "x", key: str = "a") -> Message:
+    return message(topic, key)
+
+
+def written(engine: Engine, *messages: Message, **how: object) -> list[int]:
+    with engine.begin() as connection:
+        return write(connection, *messages, **how)  # type: ignore[arg-type]
+
+
+def read(engine: Engine, *, after: int = 0, limit: int = 100, exclude: Exclusions | None = None) -> list[int]:
+    with database.reading(engine).connect() as connection:
+        return [row.id for row in drain.read(connection, after=after, limit=limit, exclude=exclude or Exclusions())]
+
+
+def states(engine: Engine) -> dict[int, str]:
+    with engine.connect() as connection:
+        return {row.id: row.state for row in connection.execute(sa.select(tables.pending.c.id, tables.pending.c.state))}
+
+
+# --- read ---
+
+
+def test_rows_come_in_order_of_their_ids_above_a_given_one_up_to_a_limit(engine: Engine) -> None:
+    ids = written(engine, *(message() for _ in range(5)))
+    assert read(engine) == ids
+    assert read(engine, after=ids[1], limit=2) == ids[2:4]
+
+
+def test_a_row_comes_with_all_the_relay_decides_by(engine: Engine) -> None:
+    each = keyed("session.modified", "event:1")
+    written(engine, each, state=State.RETRYING, attempts=3, unheard="drop")
+    with engine.connect() as connection:
+        row = drain.read(connection, after=0, limit=1, exclude=Exclusions())[0]
+    assert row[2:] == (row.shard, "session.modified", "event:1", 1, 3, "retrying", "drop")
+    assert row.shard in range(64)
+
+
+def test_rows_not_yet_due_are_left_out(engine: Engine) -> None:
+    later = written(engine, message(), available_in=60.0)
+    due = written(engine, message(), available_in=-60.0)
+    assert read(engine) == due
+    assert later != due
+
+
+@pytest.mark.parametrize("state", [State.RETRYING, State.UNROUTABLE])
+def test_the_row_that_holds_its_key_is_read_when_due_and_its_followers_are_not(engine: Engine, state: State) -> None:
+    head = written(engine, keyed(), state=state)
+    written(engine, keyed(), keyed())
+    free = written(engine, keyed(key="b"), message())
+    assert read(engine) == head + free
+
+
+@pytest.mark.parametrize("state", [State.RETRYING, State.UNROUTABLE, State.DEAD])
+def test_a_hold_not_due_keeps_its_followers_out_before_the_limit_is_counted(engine: Engine, state: State) -> None:
+    written(engine, keyed(), state=state, available_in=60.0)
+    written(engine, *(keyed() for _ in range(20)))
+    free = written(engine, message())
+    assert read(engine, limit=1) == free
+
+
+def test_an_unroutable_message_holds_only_those_of_its_topic(engine: Engine) -> None:
+    written(engine, keyed("x"), state=State.UNROUTABLE, available_in=60.0)
+    other = written(engine, keyed("y"))
+    written(engine, keyed("x"))
+    assert read(engine) == other
+
+
+def test_a_dead_or_discarded_message_is_never_read_and_a_discarded_one_holds_nothing(engine: Engine) -> None:
+    written(engine, keyed(key="a"), state=State.DISCARDED)
+    written(engine, message(), state=State.DEAD)
+    follower = written(engine, keyed(key="a"))
+    assert read(engine) == follower
+
+
+def test_a_hold_does_not_hold_what_was_before_it(engine: Engine) -> None:
+    first = written(engine, keyed())
+    written(engine, keyed(), state=State.DEAD)
+    assert read(engine) == first
+
+
+def test_what_is_in_memory_is_left_out_in_the_statement(engine: Engine) -> None:
+    ids = written(engine, message(), message("x"), keyed("y", "hot"), message("y"), message("z"))
+    assert read(engine, limit=1, exclude=Exclusions(ids=ids[:2])) == [ids[2]]
+    assert read(engine, limit=1, exclude=Exclusions(ids=ids[:2], keys=["hot"])) == [ids[3]]
+    assert read(engine, limit=5, exclude=Exclusions(topics=["x", "y"])) == [ids[0], ids[4]]
+
+
+def test_unroutable_rows_of_a_topic_can_be_left_out_while_new_ones_of_it_come(engine: Engine) -> None:
+    written(engine, message("x"), state=State.UNROUTABLE)
+    new = written(engine, message("x"))
+    assert read(engine, exclude=Exclusions(unheard_topics=["x"])) == new
+
+
+def test_keys_and_topics_are_compared_byte_by_byte(engine: Engine) -> None:
+    names = ["Straße", "STRASSE", "ключ", 'quote"d', "back\\slash", "{a,b}"]
+    ids = written(engine, *(keyed(key=name) for name in names))
+    for name, id_ in zip(names, ids, strict=True):
+        assert read(engine, exclude=Exclusions(keys=[other for other in names if other != name])) == [id_]
+
+
+# --- messages ---
+
+
+def test_messages_come_by_row_number_as_they_were_stored(engine: Engine) -> None:
+    one = message("x", "a", b'{"n":"\xc3\xa4"}', headers={"traceparent": "00-1"}, content_type="application/json")
+    with engine.begin() as connection:
+        row = write_message(connection, one, 7)
+        connection.execute(sa.update(tables.message).values(headers='{"traceparent": "00-1"}'))
+    with engine.connect() as connection:
+        found, postponed = drain.messages(connection, [row], max_bytes=1000)
+    got = found[row]
+    assert isinstance(got, Message)
+    assert got.sequence == 7
+    assert (got.id, got.body, got.headers, got.created_at) == (one.id, one.body, {"traceparent": "00-1"}, one.created_at)
+    assert not postponed
+
+
+def test_bodies_are_bounded_by_bytes_and_the_rest_is_postponed(engine: Engine) -> None:
+    with engine.begin() as connection:
+        rows = [write_message(connection, message(body=b"x" * 100), None) for _ in range(5)]
+    with engine.connect() as connection:
+        found, postponed = drain.messages(connection, rows, max_bytes=250)
+        assert (list(found), postponed) == (rows[:3], frozenset(rows[3:]))
+        alone, _ = drain.messages(connection, rows, max_bytes=1)
+        assert list(alone) == rows[:1]
+        everything, none = drain.messages(connection, rows, max_bytes=500)
+        assert (list(everything), none) == (rows, frozenset())
+
+
+def test_a_missing_message_is_neither_found_nor_postponed(engine: Engine) -> None:
+    with engine.begin() as connection:
+        row = write_message(connection, message(), None)
+    with engine.connect() as connection:
+        found, postponed = drain.messages(connection, [row, row + 1], max_bytes=1000)
+    assert (list(found), postponed) == ([row], frozenset())
+
+
+@pytest.mark.parametrize("broken", [{"topic": "a*b"}, {"headers": "[1]"}, {"headers": "no json"}, {"headers": '{"id":"x"}'}])
+def test_a_stored_row_that_can_be_no_message_is_told_from_the_others(engine: Engine, broken: dict[str, str]) -> None:
+    with engine.begin() as connection:
+        rows = [write_message(connection, message(), None) for _ in range(2)]
+        connection.execute(sa.update(tables.message).where(tables.message.c.id == rows[0]).values(**broken))
+    with engine.connect() as connection:
+        found, _ = drain.messages(connection, rows, max_bytes=1000)
+    assert isinstance(found[rows[0]], InvalidMessage)
+    assert isinstance(found[rows[1]], Message)
+
+
+# --- predecessors ---
+
+
+def waits(engine: Engine, *ids: int) -> dict[int, bool]:
+    with engine.connect() as connection:
+        return drain.predecessors(connection, ids)
+
+
+@pytest.mark.parametrize("state", [State.PENDING, State.RETRYING, State.DEAD, State.UNROUTABLE])
+def test_an_earlier_message_of_the_key_that_is_still_there_is_waited_for(engine: Engine, state: State) -> None:
+    first = written(engine, keyed(), state=state)
+    second = written(engine, keyed())
+    assert waits(engine, *first, *second) == {first[0]: False, second[0]: True}
+
+
+def test_discarded_ones_and_unroutable_ones_of_another_topic_are_not_waited_for(engine: Engine) -> None:
+    written(engine, keyed("x"), state=State.DISCARDED)
+    written(engine, keyed("x"), state=State.UNROUTABLE)
+    other = written(engine, keyed("y"))
+    assert waits(engine, *other) == {other[0]: False}
+
+
+def test_a_row_that_is_gone_or_was_discarded_meanwhile_gets_no_answer(engine: Engine) -> None:
+    discarded = written(engine, keyed(), state=State.DISCARDED)
+    assert waits(engine, *discarded, 9999) == {}
+
+
+def test_order_is_by_sequence_even_if_ids_say_otherwise(engine: Engine) -> None:
+    with engine.begin() as connection:
+        each = keyed()
+        row = write_message(connection, each, 2)
+        second = write_pending(connection, row, each, 2, id=100)
+        first = write_pending(connection, row, each, 1, id=200)
+    assert waits(engine, first, second) == {first: False, second: True}
+
+
+# --- settle ---
+
+
+def confirmed(engine: Engine, *ids: int) -> list[Confirmed]:
+    with engine.connect() as connection:
+        rows = connection.execute(
+            sa.select(tables.pending.c.id, tables.pending.c.message_row, tables.message.c.message_id)
+            .join(tables.message, tables.message.c.id == tables.pending.c.message_row)
+            .where(tables.pending.c.id.in_(ids))
+            .order_by(tables.pending.c.id)
+        )
+        return [Confirmed(id_, row, message_id, 1.5, 0.25) for id_, row, message_id in rows]
+
+
+def settle(engine: Engine, done: list[Confirmed], changes: list[Change] | None = None, relay: str = "me") -> int:
+    with engine.begin() as connection:
+        return drain.settle(connection, relay, done, changes or [])
+
+
+def test_a_confirmed_row_is_deleted_and_its_receipt_says_when_by_whom_and_which(engine: Engine) -> None:
+    one, two = message(), message()
+    ids = written(engine, one, two)
+    done = confirmed(engine, *ids)
+    assert settle(engine, done) == 2
+    assert states(engine) == {}
+    with engine.connect() as connection:
+        receipt = connection.execute(sa.select(tables.receipt)).one()
+    assert (receipt.relay, receipt.messages) == ("me", 2)
+    assert (receipt.first_row, receipt.last_row) == (done[0].message_row, done[1].message_row)
+    assert struct.unpack(">2q", receipt.pending_ids) == tuple(ids)
+    assert [UUID(bytes=receipt.message_ids[n : n + 16]) for n in (0, 16)] == [one.id, two.id]
+    assert (receipt.oldest_age_seconds, receipt.duration_seconds) == (1.5, 0.25)
+
+
+def test_settling_again_after_an_unknown_commit_counts_nothing_twice(engine: Engine) -> None:
+    ids = written(engine, message(), message(), message())
+    done = confirmed(engine, *ids)
+    settle(engine, done[:2])
+    assert settle(engine, done) == 1
+    assert settle(engine, done) == 0
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.sum(tables.receipt.c.messages))) == 3
+        assert connection.scalar(sa.select(sa.func.count()).select_from(tables.receipt)) == 2
+
+
+def test_a_confirm_is_recorded_whoever_owns_the_shard(engine: Engine) -> None:
+    ids = written(engine, message())
+    with engine.begin() as connection:
+        leases.take(connection, "another", 60.0)
+    settle(engine, confirmed(engine, *ids))
+    assert states(engine) == {}
+
+
+def change(id_: int, shard: int, epoch: int, state: State = State.RETRYING, wait: float = 60.0) -> Change:
+    return Change(id_, shard, epoch, state, 3, wait, "a queue refused it")
+
+
+def test_an_undelivered_row_waits_with_its_reason(engine: Engine) -> None:
+    (id_,) = written(engine, keyed())
+    with engine.begin() as connection:
+        epochs = leases.take(connection, "me", 60.0)
+        assert isinstance(epochs, dict)
+        shard = connection.scalar(sa.select(tables.pending.c.shard))
+        assert shard is not None
+    settle(engine, [], [change(id_, shard, epochs[shard])])
+    assert read(engine) == []  # not due for a minute
+    with engine.connect() as connection:
+        row = connection.execute(sa.select(tables.pending)).one()
+    assert (row.state, row.attempts, row.error) == ("retrying", 3, "a queue refused it")
+
+
+@pytest.mark.parametrize(("relay", "epoch_off"), [("me", 1), ("me", -1), ("another", 0)])
+def test_a_relay_that_lost_its_shard_changes_nothing(engine: Engine, relay: str, epoch_off: int) -> None:
+    (id_,) = written(engine, message())
+    with engine.begin() as connection:
+        epochs = leases.take(connection, "me", 60.0)
+        assert isinstance(epochs, dict)
+        shard = connection.scalar(sa.select(tables.pending.c.shard))
+        assert shard is not None
+    settle(engine, [], [change(id_, shard, epochs[shard] + epoch_off)], relay)
+    assert states(engine) == {id_: "pending"}
+
+
+def test_a_message_a_person_discarded_meanwhile_stays_discarded(engine: Engine) -> None:
+    (id_,) = written(engine, message(), state=State.DISCARDED)
+    with engine.begin() as connection:
+        epochs = leases.take(connection, "me", 60.0)
+        assert isinstance(epochs, dict)
+        shard = connection.scalar(sa.select(tables.pending.c.shard))
+        assert shard is not None
+    settle(engine, [], [change(id_, shard, epochs[shard])])
+    assert states(engine) == {id_: "discarded"}
+
+
+# --- census ---
+
+
+def test_a_census_counts_what_waits_and_how_long_the_oldest_has(engine: Engine) -> None:
+    written(engine, keyed(key="a"), state=State.UNROUTABLE)
+    written(engine, keyed(key="b"), keyed(key="c"), state=State.DEAD)
+    written(engine, message(), available_in=60.0)
+    written(engine, message(), message())
+    with engine.connect() as connection:
+        census = drain.census(connection)
+    assert census.by_state == {"unroutable": 1, "dead": 2, "pending": 3}
+    assert census.scheduled == 1
+    assert census.held_keys == 3
+    assert 0.0 <= census.lag_seconds < 60.0
+
+
+def test_an_empty_outbox_has_no_lag(engine: Engine) -> None:
+    with engine.connect() as connection:
+        census = drain.census(connection)
+    assert census == drain.Census(by_state={}, scheduled=0, held_keys=0, lag_seconds=0.0)
