@@ -1,0 +1,110 @@
+"""Engines as this project needs them."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from outbox import database
+from outbox.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_a_sqlite_engine_makes_the_folder_of_its_file(tmp_path: Path) -> None:
+    database.create_engine(f"sqlite:///{tmp_path}/a/b/x.db").connect().close()
+    assert (tmp_path / "a" / "b" / "x.db").exists()
+
+
+def test_what_sqlite_acknowledges_survives_a_power_cut(sqlite_url: str) -> None:
+    with database.create_engine(sqlite_url).connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        if sqlite3.sqlite_version_info < (3, 51, 3):  # before, two processes that checkpoint a WAL at once can lose a commit
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() in ("delete", "truncate")
+
+
+def test_a_savepoint_on_sqlite_is_inside_its_transaction(sqlite_url: str) -> None:
+    engine = database.create_engine(sqlite_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (n INTEGER)")
+    with engine.connect() as connection:
+        outer = connection.begin()
+        with connection.begin_nested():
+            connection.exec_driver_sql("INSERT INTO t VALUES (1)")
+        outer.rollback()
+        assert connection.exec_driver_sql("SELECT count(*) FROM t").scalar() == 0
+
+
+def test_two_sqlite_transactions_that_read_and_then_write_wait_for_each_other(sqlite_url: str) -> None:
+    engine = database.create_engine(sqlite_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (n INTEGER)")
+        connection.exec_driver_sql("INSERT INTO t VALUES (0)")
+    together = threading.Barrier(2)
+
+    def add() -> None:
+        together.wait(10)
+        for _ in range(20):
+            with engine.begin() as connection:
+                number = connection.exec_driver_sql("SELECT n FROM t").scalar_one()
+                connection.exec_driver_sql("UPDATE t SET n = ?", (number + 1,))
+
+    threads = [threading.Thread(target=add) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT n FROM t").scalar() == 40
+
+
+def test_readers_do_not_wait_for_a_writer(sqlite_url: str) -> None:
+    engine = database.create_engine(sqlite_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (n INTEGER)")
+    with engine.begin() as writer:
+        writer.exec_driver_sql("INSERT INTO t VALUES (1)")
+        with database.reading(engine).connect() as reader:
+            assert reader.exec_driver_sql("SELECT count(*) FROM t").scalar() == 0
+
+
+def test_an_engine_made_elsewhere_is_prepared_once(sqlite_url: str) -> None:
+    engine = sa.create_engine(sqlite_url)
+    engine.connect().close()  # a connection made before is not configured
+    assert not database.is_prepared(engine)
+    assert database.prepare(database.prepare(engine)) is engine
+    assert database.is_prepared(engine)
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+
+
+def test_parameters_are_in_no_error(sqlite_url: str) -> None:
+    engine = database.create_engine(sqlite_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (n TEXT PRIMARY KEY)")
+        connection.exec_driver_sql("INSERT INTO t VALUES (?)", ("a secret payload",))
+    with pytest.raises(IntegrityError) as raised, engine.begin() as connection:
+        connection.execute(sa.text("INSERT INTO t VALUES (:n)"), {"n": "a secret payload"})
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "fix"),
+    [
+        ("mysql+mysqldb://u:hunter2@host/db", "pip install 'outbox[mysql]'"),
+        ("postgresql+pg8000://u:hunter2@host/db", "pip install 'outbox[postgres]'"),
+        ("postgresql+nosuch://u:hunter2@host/db", "pip install 'outbox[postgres]'"),
+    ],
+)
+def test_a_driver_that_is_not_installed_is_named_with_what_to_install(url: str, fix: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        database.create_engine(url)
+    assert str(refused.value).startswith(url.partition("://")[0] + "://…: its driver is not installed")
+    assert str(refused.value).endswith(fix)
+    assert "hunter2" not in str(refused.value)
