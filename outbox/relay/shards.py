@@ -67,7 +67,7 @@ class Shards:
         with self._engine.begin() as connection:
             found = leases.take(connection, self._relay_id, self._lease_seconds)
         if isinstance(found, leases.Holder):
-            self.holder = found
+            self.holder = found if found.relay else None
             self._look_at = asked_at + min(1.0, found.remaining_seconds + 0.01)
             return False
         self.holder, self.epochs = None, found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,10 +18,12 @@ from sqlalchemy.dialects import postgresql
 from outbox import failpoints
 from outbox.errors import InvalidMessage
 from outbox.message import Message
+from outbox.store.clock import clock, now
 from outbox.tables import HOLDING, State, Timestamp, message, pending, receipt, shard
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy.engine import Connection
@@ -94,25 +95,6 @@ def _among(column: sa.ColumnElement[Any], name: str, type_: Any, dialect: str) -
 
 def _list(values: Collection[Any], dialect: str) -> Any:
     return list(values) if dialect == "postgresql" else json.dumps(list(values))
-
-
-def now(dialect: str, offset: str | None = None) -> sa.ColumnElement[datetime]:
-    """Return the database's clock, plus the seconds bound to *offset*; `clock` gives the parameters that go with it."""
-    if dialect == "postgresql":
-        clock = sa.func.clock_timestamp(type_=Timestamp())
-        return (
-            clock if offset is None else clock + sa.func.make_interval(0, 0, 0, 0, 0, 0, sa.bindparam(offset, type_=sa.Float()))
-        )
-    # SQLite is a library: its clock is this host's.
-    return sa.bindparam("now" if offset is None else offset, type_=Timestamp())
-
-
-def clock(dialect: str, **offsets: float) -> dict[str, Any]:
-    """Return the parameters of `now`: the bare clock and each of *offsets* in seconds."""
-    if dialect == "postgresql":
-        return offsets
-    moment = datetime.now(UTC)
-    return {"now": moment, **{name: moment + timedelta(seconds=seconds) for name, seconds in offsets.items()}}
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from outbox import __version__
-from outbox.store.drain import clock, now
+from outbox.store.clock import clock, now
 from outbox.tables import SHARDS, relay, shard
 
 if TYPE_CHECKING:
@@ -110,12 +110,8 @@ def beat(connection: Connection, relay_id: str, state: str, *, connected: bool, 
 
 
 def depart(connection: Connection, relay_id: str) -> None:
-    """Remove the heartbeat of a relay that ends, and those of relays unheard of for a day."""
-    dialect = connection.dialect.name
-    connection.execute(
-        sa.delete(relay).where(sa.or_(relay.c.id == relay_id, relay.c.seen_at < now(dialect, "day_ago"))),
-        clock(dialect, day_ago=-_FORGET_AFTER_SECONDS),
-    )
+    """Remove the heartbeat of a relay that ends."""
+    connection.execute(sa.delete(relay).where(relay.c.id == relay_id))
 
 
 def forget_old(connection: Connection) -> None:
