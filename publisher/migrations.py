@@ -41,8 +41,8 @@ def _m0001_initial(op: Operations) -> None:
         sa.Column("ends_at", Moment, nullable=False),
         sa.Column("timezone", sa.Text, nullable=False),
         sa.Column("location_name", sa.Text),
-        sa.Column("latitude", sa.Float),
-        sa.Column("longitude", sa.Float),
+        sa.Column("latitude", sa.Double),
+        sa.Column("longitude", sa.Double),
         sa.Column("url", sa.Text),
         sa.Column("ticket_url", sa.Text),
         sa.Column("logo_url", sa.Text),
@@ -71,8 +71,8 @@ def _m0001_initial(op: Operations) -> None:
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("floor", sa.Integer),
         sa.Column("room", sa.Text),
-        sa.Column("latitude", sa.Float),
-        sa.Column("longitude", sa.Float),
+        sa.Column("latitude", sa.Double),
+        sa.Column("longitude", sa.Double),
     )
     biography = ("short_biography", "long_biography", "speaking_experience", "organisation", "position", "city", "country")
     links = ("website", "twitter", "facebook", "github", "linkedin", "photo_url")

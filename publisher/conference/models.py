@@ -29,6 +29,7 @@ class Base(DeclarativeBase):
 
     type_annotation_map: ClassVar = {
         str: sa.Text,
+        float: sa.Double,
         datetime: Moment,
         EventState: _words(EventState),
         TalkState: _words(TalkState),

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+
+from publisher import CHECKOUT, database, importer, openevent
+from publisher.database import changing
+from tests.integration.publisher.conftest import Api, application, data_of
+from tests.integration.publisher.test_publisher_messages import ReadModel, told_by
+
+if TYPE_CHECKING:
+    from click.testing import Result
+
+    from outbox import Message
+
+SAMPLES = CHECKOUT / "tests" / "data"
+SUMMIT = SAMPLES / "open_event_2018"
+DATA = Path(os.environ.get("OPEN_EVENT_DATA", CHECKOUT.parent / "shared" / "data"))
+KINDS = ("tracks", "microlocations", "speakers", "sessions")
+
+
+def real(name: str) -> Path:
+    """Return the folder of a real conference; without it these tests prove nothing, so they fail."""
+    folder = DATA / name
+    assert folder.is_dir(), f"no export of {name} in {DATA}; set OPEN_EVENT_DATA to the folder that holds the conferences"
+    return folder
+
+
+def run(api: Api, folder: Path) -> Result:
+    return api.app.test_cli_runner().invoke(args=["import", str(folder), "--json"])
+
+
+def load(api: Api, folder: Path) -> dict[str, Any]:
+    """Import *folder* as a person does; return the summary."""
+    result = run(api, folder)
+    assert result.exit_code == 0, result.output
+    summary: dict[str, Any] = json.loads(result.stdout)
+    return summary
+
+
+def copied(folder: Path, target: Path, **changed: Any) -> Path:
+    """Copy an export; *changed*: file → function of its content."""
+    shutil.copytree(folder, target)
+    for name, change in changed.items():
+        path = target / f"{name}.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+    return target
+
+
+def counts(summary: dict[str, Any], change: str) -> dict[str, int]:
+    return {kind: count[change] for kind, count in summary["counts"].items() if count[change]}
+
+
+def test_an_export_becomes_an_event_and_each_thing_is_told_once(api: Api, sent: list[Message]) -> None:
+    summary = load(api, SUMMIT)
+
+    assert counts(summary, "created") == {"event": 1, "tracks": 1, "microlocations": 1, "speakers": 2, "sessions": 2}
+    assert Counter(message.topic for message in sent) == {
+        "event.modified": 1, "microlocation.modified": 1, "speaker.modified": 2, "session.modified": 2,
+    }  # fmt: skip
+    assert {data_of(message)["change"] for message in sent} == {"created"}
+    known = ReadModel()
+    known.hear(sent)
+    assert known.events == told_by(api)
+    session = api.all(f"/v1/events/{summary['event_id']}/sessions")[0]
+    assert (session["external_id"], session["state"], session["starts_at"]) == ("1", "accepted", "2018-03-22T04:00:00Z")
+    assert len(session["speaker_ids"]) == 2
+
+
+def test_a_second_run_in_the_other_spelling_changes_nothing_and_sends_nothing(api: Api, sent: list[Message]) -> None:
+    load(api, SAMPLES / "open_event_2018")
+    before = told_by(api)
+    sent.clear()
+
+    summary = load(api, SAMPLES / "open_event_2017")
+
+    assert sent == []
+    assert counts(summary, "unchanged") == {"event": 1, "tracks": 1, "microlocations": 1, "speakers": 2, "sessions": 2}
+    assert told_by(api) == before
+
+
+def test_what_differs_is_told_and_nothing_else(api: Api, sent: list[Message], tmp_path: Path) -> None:
+    load(api, SUMMIT)
+    known = ReadModel()
+    known.hear(sent)
+    sent.clear()
+
+    def other_sessions(rows: list[Any]) -> list[Any]:
+        first, second = rows
+        return [first | {"state": "canceled", "speakers": first["speakers"][1:]}, second | {"title": "Two!"}]
+
+    folder = copied(
+        SUMMIT,
+        tmp_path / "changed",
+        sessions=other_sessions,
+        speakers=lambda rows: [rows[0] | {"city": "Delhi"}, rows[1]],
+        tracks=lambda rows: [rows[0] | {"color": "#000000"}],
+    )
+    summary = load(api, folder)
+    known.hear(sent)
+
+    assert counts(summary, "updated") == {"tracks": 1, "speakers": 1, "sessions": 2}
+    assert [(message.topic, data_of(message)["change"]) for message in sent] == [
+        ("event.modified", "updated"),
+        ("speaker.modified", "updated"),
+        ("session.modified", "canceled"),
+        ("session.state_changed", "canceled"),
+        ("session.modified", "updated"),
+    ]
+    assert data_of(sent[3])["previous"] == "accepted"
+    assert known.events == told_by(api)
+
+
+def test_the_export_wins_over_changes_and_leaves_alone_what_it_does_not_name(api: Api) -> None:
+    summary = load(api, SUMMIT)
+    path = f"/v1/events/{summary['event_id']}"
+    (first, _) = api.all(f"{path}/sessions")
+    api.change(f"/v1/sessions/{first['id']}", title="Renamed", starts_at=None, ends_at=None)
+    added = api.make(f"{path}/sessions", title="Ours")
+
+    summary = load(api, SUMMIT)
+
+    assert counts(summary, "updated") == {"sessions": 1}
+    assert api.get(f"/v1/sessions/{first['id']}") == first
+    assert api.get(f"/v1/sessions/{added['id']}") == added
+
+
+def test_conferences_that_use_the_same_ids_do_not_meet(api: Api, tmp_path: Path) -> None:
+    other = copied(SUMMIT, tmp_path / "other", event=lambda event: event | {"identifier": "zzz", "name": "Other"})
+
+    first, second = load(api, SUMMIT), load(api, other)
+
+    assert first["event_id"] != second["event_id"]
+    for kind in KINDS:
+        ours, theirs = (api.all(f"/v1/events/{summary['event_id']}/{kind}") for summary in (first, second))
+        assert [thing["external_id"] for thing in ours] == [thing["external_id"] for thing in theirs]
+        assert not {thing["id"] for thing in ours} & {thing["id"] for thing in theirs}
+
+
+def test_an_import_that_fails_leaves_nothing(api: Api, sent: list[Message]) -> None:
+    conference = openevent.read(SUMMIT)
+    steps = iter(range(importer.rows(conference)))
+
+    def fail_at_the_last() -> None:
+        if next(steps) == importer.rows(conference) - 1:
+            raise RuntimeError("the plug was pulled")
+
+    with pytest.raises(RuntimeError), api.app.app_context(), changing() as db:
+        importer.run(db, conference, fail_at_the_last)
+
+    assert told_by(api) == {}
+    assert sent == []
+    with database.of(api.app).engine.connect() as connection:
+        assert connection.scalar(sa.text("SELECT count(*) FROM outbox_message")) == 0
+
+
+def test_a_folder_that_can_not_be_imported_is_said_without_a_traceback(sqlite_api: Api, tmp_path: Path) -> None:
+    (tmp_path / "event.json").write_text("{", encoding="utf-8")
+
+    result = run(sqlite_api, tmp_path)
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: {tmp_path / 'event.json'} is no JSON")
+
+
+def test_the_summary_says_what_was_not_taken_and_why(sqlite_api: Api, tmp_path: Path) -> None:
+    folder = copied(
+        SUMMIT,
+        tmp_path / "rough",
+        event=lambda event: event | {"identifier": "rough"},
+        sessions=lambda rows: [rows[0] | {"end_time": rows[0]["start_time"]}, rows[1], rows[1], {"id": 9}],
+    )
+
+    result = sqlite_api.app.test_cli_runner().invoke(args=["import", str(folder)])
+
+    assert result.exit_code == 0
+    assert "sessions              2        0          0        2" in result.stdout
+    assert "sessions.json: taken without times: the end is not after the start: 1\n" in result.stdout
+    assert "sessions.json: skipped: its id is used twice: 2\n" in result.stdout
+    assert "sessions.json: skipped: no title: 9\n" in result.stdout
+    assert "Importing" in result.stderr
+
+
+REAL = {
+    "FOSSASIASummit2018": {"event": 1, "tracks": 14, "microlocations": 17, "speakers": 341, "sessions": 371},
+    "OpenTechSummit2018": {"event": 1, "tracks": 1, "microlocations": 1, "speakers": 14, "sessions": 12},
+    # One session is listed twice; three ids are shared by two speakers each, who are all kept.
+    "PyCon17": {"event": 1, "tracks": 5, "microlocations": 18, "speakers": 143, "sessions": 146},
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_conference_is_imported_whole_and_once(api: Api, sent: list[Message], name: str) -> None:
+    summary = load(api, real(name))
+    known = ReadModel()
+    known.hear(sent)
+
+    assert counts(summary, "created") == REAL[name]
+    assert known.events == told_by(api)
+    assert len(sent) == 1 + sum(REAL[name][kind] for kind in ("microlocations", "speakers", "sessions"))
+    assert max(len(message.body) for message in sent) < 64 * 1024
+    sent.clear()
+
+    again = load(api, real(name))
+    assert counts(again, "created") == counts(again, "updated") == {}
+    assert sent == []
+
+
+def test_all_real_conferences_live_in_one_database(sqlite_url: str) -> None:
+    api = Api(application(sqlite_url))
+
+    ids = {name: load(api, real(name))["event_id"] for name in REAL}
+
+    for name, event_id in ids.items():
+        assert {kind: len(api.all(f"/v1/events/{event_id}/{kind}")) for kind in KINDS}.items() <= REAL[name].items()
+    database.of(api.app).engine.dispose()
+
+
+def test_nobody_loses_their_talk_where_two_people_share_an_id(sqlite_api: Api) -> None:
+    event_id = load(sqlite_api, real("PyCon17"))["event_id"]
+    speakers = {speaker["id"]: speaker["name"] for speaker in sqlite_api.all(f"/v1/events/{event_id}/speakers")}
+    sessions = {session["external_id"]: session for session in sqlite_api.all(f"/v1/events/{event_id}/sessions")}
+
+    def names(session: str) -> list[str]:
+        return [speakers[speaker_id] for speaker_id in sessions[session]["speaker_ids"]]
+
+    assert names("64") == ["Jiaqi Liu"]
+    assert names("65") == ["Eleanor Stribling"]
+    assert names("77") == ["Michele Pratusevich"]
