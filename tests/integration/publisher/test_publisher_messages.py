@@ -16,6 +16,7 @@ from publisher.conference.states import MOVES, TalkState
 from publisher.database import changing
 from publisher.topics import KEY, TOPICS
 from tests.integration.publisher.conftest import Api, application, data_of
+from tests.kit.documented import payloads
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
@@ -165,6 +166,31 @@ def test_a_service_that_only_listens_can_answer_what_the_api_answers(api: Api, s
             assert organizer.known.events == told_by(api)
 
     assert organizer.known.events
+
+
+def test_every_payload_has_the_members_that_are_documented(sqlite_api: Api, sent: list[Message]) -> None:
+    event_id = sqlite_api.event()["id"]
+    path = f"/v1/events/{event_id}"
+    room = sqlite_api.make(f"{path}/microlocations", name="Hall")
+    speaker = sqlite_api.make(f"{path}/speakers", name="Ada")
+    session = sqlite_api.make(f"{path}/sessions", title="One", microlocation_id=room["id"])
+    sqlite_api.put(f"/v1/sessions/{session['id']}/speakers/{speaker['id']}")
+    sqlite_api.move(session["id"], "accepted")
+    sqlite_api.make(f"{path}/tracks", name="Web")
+    last = {message.topic: data_of(message) for message in sent}
+
+    documented = payloads()
+    documented["session.state_changed"]["session"] = documented["session.modified"]["session"]  # shown shortened
+    assert {topic: members(payload) for topic, payload in last.items()} == {
+        topic: members(payload) for topic, payload in documented.items()
+    }
+
+
+def members(value: Any) -> Any:
+    """Return the names in *value*, all the way down."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [members(value[0])]
+    return {name: members(inner) for name, inner in value.items()} if isinstance(value, dict) else None
 
 
 def test_messages_of_an_event_are_numbered_without_gaps_and_lie_in_the_outbox(api: Api) -> None:
