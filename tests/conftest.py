@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
+import hypothesis
 import pytest
 
 from tests.kit.processes import ROOT, Process
@@ -39,6 +40,10 @@ class Spawn(Protocol):
 
     def __call__(self, *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Process: ...
 
+
+# How long an example takes to draw or to run says how busy the machine is, not whether the code is right.
+hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("any machine")
 
 #: What tests decide by chance follows from this number alone, so that a run can be repeated.
 SEED = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(10**6))

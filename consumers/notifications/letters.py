@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from email.errors import MessageError
 from email.headerregistry import Address
 from email.message import EmailMessage
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def _address(speaker: dict[str, Any]) -> Address | None:
     name, email = _line(speaker["name"]), (speaker.get("email") or "").strip()
     try:
         address = Address(display_name=name, addr_spec=email)
-    except (ValueError, IndexError):  # the parser indexes past the end of some broken ones
+    except (ValueError, IndexError, MessageError):  # which one, and where, changes with Python's version
         return None
     return address if address.username and address.domain else None
 
