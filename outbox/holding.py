@@ -160,8 +160,9 @@ def _after_commit(session: Session) -> None:
         state.held.setdefault(nested.parent, []).extend(handed)
 
 
-@event.listens_for(Session, "after_soft_rollback")
-def _after_soft_rollback(session: Session, _previous: SessionTransaction) -> None:
+@event.listens_for(Session, "after_rollback")
+def _after_rollback(session: Session) -> None:
+    # Also for a savepoint's. Not after_soft_rollback: that one comes after the end of the transaction.
     state: _State | None = session.info.get(_STATE)
     if state is not None:
         state.rolled_back = True
@@ -180,7 +181,8 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     else:
         state.held.pop(transaction, None)
         state.doomed.pop(transaction, None)
-        state.rolled_back = False
+        if transaction.nested:
+            state.rolled_back = False
         if transaction.nested and state.committing > 0 and not session.in_nested_transaction():
             # `transaction.commit()` of the outermost one while this savepoint was open: its before_commit came earlier.
             _write_batch(session, state)

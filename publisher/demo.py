@@ -87,7 +87,8 @@ class Demo:
             )
 
     def start_relay(self, **environ: str) -> None:
-        self.start("relay", "outbox", "relay", **environ)
+        # Short leases, so that nobody has to watch a dead relay's shards run out.
+        self.start("relay", "outbox", "relay", OUTBOX_LEASE="3s", OUTBOX_CONFIRM_TIMEOUT="2s", **environ)
 
     def stop(self, name: str) -> None:
         """Stop a process in order; it must end by itself and say that all is well."""
@@ -95,20 +96,24 @@ class Demo:
         process.terminate()
         expect(f"exit code of {name} after SIGTERM", process.wait(WAIT_SECONDS), 0, quiet=True)
 
-    def ask(self, *command: str) -> Any:
-        """Run a public command and return the JSON that it prints."""
+    def run(self, *command: str) -> str:
+        """Run a public command and return what it prints."""
         result = subprocess.run(
             [str(BIN / command[0]), *command[1:]], cwd=CHECKOUT, env=self.environ, capture_output=True, text=True, check=False
         )
         if result.returncode:
             raise WrongCount(f"{' '.join(command)} ended with {result.returncode}: {result.stderr.strip()}")
-        return json.loads(result.stdout)
+        return result.stdout
+
+    def ask(self, *command: str) -> Any:
+        """Run a public command and return the JSON that it prints."""
+        return json.loads(self.run(*command, "--json"))
 
     def status(self) -> dict[str, Any]:
-        return self.ask("outbox", "status", "--json")  # type: ignore[no-any-return]
+        return self.ask("outbox", "status")  # type: ignore[no-any-return]
 
     def service(self, name: str) -> dict[str, Any]:
-        return self.ask("outbox", "consumer", "status", name, "--json")  # type: ignore[no-any-return]
+        return self.ask("outbox", "consumer", "status", name)  # type: ignore[no-any-return]
 
     def until_quiet(self) -> None:
         """Wait until nothing is pending and the exports service has everything that was published."""
@@ -174,8 +179,8 @@ class Demo:
 
 def a_commit_is_heard(demo: Demo) -> None:
     """Import a conference: every signal of the transaction arrives, once."""
-    report = demo.ask("flask", "--app", "publisher", "import", str(CONFERENCE), "--json")
-    sent = len(demo.ask("outbox", "list", "--json", "--limit", "1000"))
+    report = demo.ask("flask", "--app", "publisher", "import", str(CONFERENCE))
+    sent = len(demo.ask("outbox", "list", "--limit", "1000"))
     say(f"imported {report['name']!r}: {len(demo.sessions())} sessions; their signals were sent before the commit, as in 2017")
     demo.until_quiet()
     expect("messages published", demo.status()["published_total"], sent)
@@ -195,7 +200,7 @@ def a_rollback_is_not(demo: Demo) -> None:
     from publisher.signals import sessions_modified
 
     before = demo.service("exports")["applied_total"]
-    written = len(demo.ask("outbox", "list", "--json", "--limit", "1000"))
+    written = len(demo.ask("outbox", "list", "--limit", "1000"))
     with create_app({"DATABASE_URL": f"sqlite:///{INSTANCE / 'openevent.db'}"}).app_context():
         session = database.session()
         session.begin()
@@ -203,7 +208,7 @@ def a_rollback_is_not(demo: Demo) -> None:
         session.rollback()
         session.close()
     say("sent a signal, then rolled back: in 2017 the task was queued already")
-    expect("messages in the outbox, as before", len(demo.ask("outbox", "list", "--json", "--limit", "1000")), written)
+    expect("messages in the outbox, as before", len(demo.ask("outbox", "list", "--limit", "1000")), written)
     expect("messages applied by exports, as before", demo.service("exports")["applied_total"], before)
 
 
@@ -262,8 +267,8 @@ def poison_is_set_aside(demo: Demo) -> None:
     expect("letters sent so far", len(demo.mail.recipients), 0)
     expect("parked by exports, which has nothing to do with it", demo.service("exports")["parked"], 0)
     demo.mail.refused = set()
-    waiting = demo.ask("outbox", "consumer", "parked", "list", "notifications", "--json")
-    demo.ask("outbox", "consumer", "parked", "requeue", "notifications", waiting[0]["id"], "--yes", "--json")
+    waiting = demo.ask("outbox", "consumer", "parked", "list", "notifications")
+    demo.run("outbox", "consumer", "parked", "requeue", "notifications", waiting[0]["id"], "--yes")
     say("the mailbox exists now; requeued the first one, the second follows by itself")
     until("nothing is parked", lambda: demo.service("notifications")["parked"] == 0)
     expect("letters, in order", demo.mail.recipients, [address for pair in letters for address in pair])

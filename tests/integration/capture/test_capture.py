@@ -204,6 +204,40 @@ def test_closing_drops_what_was_held_and_says_so(world: World, end: str, caplog:
     assert "talk.modified (1)" in caplog.text
 
 
+@pytest.mark.parametrize("end", ["rollback", "failed flush", "rolled back savepoint", "commit"])
+def test_an_end_in_good_order_is_not_warned_of(world: World, end: str, caplog: pytest.LogCaptureFixture) -> None:
+    session = world.begin()
+    with caplog.at_level(logging.WARNING):
+        if end == "rolled back savepoint":
+            savepoint = session.begin_nested()
+            world.send()
+            savepoint.rollback()
+            session.commit()
+        else:
+            world.send()
+            if end == "failed flush":
+                session.add_all([Talk(title="twice"), Talk(title="twice")])
+                with pytest.raises(IntegrityError):
+                    session.flush()
+            if end == "commit":
+                session.commit()
+            else:
+                session.rollback()
+        session.close()
+    assert caplog.text == ""
+
+
+def test_closing_after_a_savepoint_was_rolled_back_is_warned_of_all_the_same(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = world.begin()
+    world.send()
+    session.begin_nested().rollback()
+    with caplog.at_level(logging.WARNING):
+        session.close()
+    assert "talk.modified (1)" in caplog.text
+
+
 def test_a_session_joined_to_an_outer_transaction_shares_its_end(world: World) -> None:
     for mode in ("create_savepoint", "rollback_only", "conditional_savepoint"):
         for keep in (True, False):
