@@ -97,7 +97,7 @@ def test_the_same_message_again_sends_no_letter(catcher: Catcher, engine: Engine
 
 def test_nobody_is_told_of_a_draft_and_nobody_without_an_address(catcher: Catcher, engine: Engine) -> None:
     service.deliver(moved("withdrawn", "ada@example.org"), engine)
-    service.deliver(moved("accepted", None, "", "not an address", "a@b\r\nBcc: c@d"), engine)
+    service.deliver(moved("accepted", None, "", "not an address", "@", "nobody@", "a@b\r\nBcc: c@d"), engine)
     assert catcher.letters == []
 
 
