@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,13 @@ class Commands:
         """Run `outbox` with *arguments*; what is no clear ending (a traceback) is raised."""
         wanted = environment({**self.env, **(env or {})})
         unset = {name: None for name in os.environ if name not in wanted}
-        result = CliRunner(env={**unset, **wanted}).invoke(group, arguments, input=input, prog_name="outbox")
+        root = logging.getLogger()
+        handlers, level = root.handlers[:], root.level
+        try:
+            result = CliRunner(env={**unset, **wanted}).invoke(group, arguments, input=input, prog_name="outbox")
+        finally:  # relay and services configure logging for their process
+            root.handlers[:] = handlers
+            root.setLevel(level)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

@@ -147,7 +147,11 @@ def announce(context: Context, *, as_json: bool = False) -> None:
 
 def _app() -> Any:
     """Return the Flask app this command runs in, if it has an outbox; never loads flask."""
-    flask = sys.modules.get("flask")
-    if flask is None or not flask.has_app_context() or "outbox" not in flask.current_app.extensions:
+    flask, flask_cli = sys.modules.get("flask"), sys.modules.get("flask.cli")
+    if flask is None:
         return None
-    return flask.current_app
+    app = flask.current_app._get_current_object() if flask.has_app_context() else None
+    if app is None and flask_cli is not None:  # as an app's test runner calls commands
+        info = click.get_current_context().find_object(flask_cli.ScriptInfo)
+        app = info.load_app() if info is not None else None
+    return app if app is not None and "outbox" in app.extensions else None
