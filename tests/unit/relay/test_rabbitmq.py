@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pika import spec
+from pika.adapters.select_connection import IOLoop
 
 from outbox.backoff import Backoff
 from outbox.errors import ConfigurationError
@@ -256,6 +257,17 @@ def test_silence_is_counted_from_the_last_confirm() -> None:
             assert broker.answers(0.3) == []
             session.ack(tag)
             assert outcomes(answered(broker, 1)) == {tag - 1: Outcome.CONFIRMED}
+
+
+def test_a_relay_that_goes_on_sending_does_not_put_off_the_end_of_silence() -> None:
+    with ScriptedAmqp() as server, relay_on(server, confirm_timeout_seconds=0.4) as broker:
+        for token in range(20):  # two seconds in all
+            broker.send(batch(1, first=token))
+            lost = broker.answers(0.1)
+            if lost:
+                break
+        assert lost
+        assert {answer.outcome for answer in lost} == {Outcome.LOST}
 
 
 def test_an_idle_connection_may_be_silent_and_the_first_message_after_it_has_the_whole_deadline() -> None:
@@ -513,6 +525,23 @@ def test_a_change_of_state_returns_from_a_long_wait() -> None:
         assert broker.state().blocked
 
 
+def test_what_is_handed_over_at_the_moment_a_connection_ends_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = IOLoop.close
+
+    def one_more_at_the_end(loop: IOLoop) -> None:
+        if broker.state().connected:
+            broker.send(batch(1, first=9))
+        close(loop)
+
+    monkeypatch.setattr(IOLoop, "close", one_more_at_the_end)
+    with ScriptedAmqp() as server, relay_on(server) as broker:
+        server.session(1).reset()
+        answers = answered(broker, 1)
+        assert outcomes(answers) == {9: Outcome.LOST}
+        assert answers[9].detail.startswith(NOT_SENT)
+        monkeypatch.undo()
+
+
 def test_stop_says_goodbye_when_all_is_answered() -> None:
     with ScriptedAmqp(acknowledge) as server, relay_on(server) as broker:
         broker.send(batch(3))
@@ -538,6 +567,7 @@ def test_stop_ends_in_time_while_the_broker_is_blocked_and_while_it_does_not_ans
         eventually(lambda: broker.state().blocked, what="the state blocked")
         broker.stop(60)
         assert not broker.state().connected
+        assert not server.session(1).said_goodbye
     with ScriptedAmqp() as server, relay_on(server) as broker:
         server.session(1).deaf = True
         broker.stop(2)
