@@ -60,10 +60,10 @@ class Session:
         self._over = False
         #: What was published, in order; the n-th has delivery tag n.
         self.publishes: list[Publish] = []
+        #: The types of the methods the client sent.
+        self.methods: list[type] = []
         #: While true, the server reads and never answers by itself.
         self.deaf = False
-        #: The client closed as the protocol has it.
-        self.said_goodbye = False
         #: Set when the client is gone.
         self.ended = threading.Event()
 
@@ -121,6 +121,10 @@ class Session:
             if not self._over:
                 self._socket.sendall(b"".join(frames))
 
+    def wait_for_method(self, method: type) -> None:
+        """Return when the client has sent *method*."""
+        eventually(lambda: method in self.methods, what=method.__name__, interval=0.002)
+
     def wait_for(self, count: int) -> list[Publish]:
         """Return the publishes when there are *count* of them."""
         eventually(lambda: len(self.publishes) >= count, what=f"{count} publishes", interval=0.002)
@@ -140,8 +144,6 @@ class Session:
 
     def _talk(self) -> None:
         refusals = self._server.refusals
-        while self._server.mute and self._socket.recv(4096):
-            pass
         if self._socket.recv(8) != b"AMQP\x00\x00\x09\x01":
             return
         capabilities = {"publisher_confirms": True, "basic.nack": True, "connection.blocked": True}
@@ -149,8 +151,8 @@ class Session:
         while True:
             received = self._next()
             method = getattr(received, "method", None)
-            self.said_goodbye |= isinstance(method, spec.Connection.Close)
-            if self.deaf:
+            self.methods.append(type(method))
+            if self.deaf or type(method) in self._server.unanswered:
                 continue
             if type(method) in refusals:
                 code, words = refusals[type(method)]
@@ -220,8 +222,8 @@ class ScriptedAmqp:
         self.tls = tls
         #: Method of the client → code and words with which the server closes instead of answering it.
         self.refusals: dict[type, tuple[int, str]] = {}
-        #: While true, connections are taken and nothing is said on them.
-        self.mute = False
+        #: Methods of the client that get no reply.
+        self.unanswered: set[type] = set()
         self.blocks_from_the_start = False
         self._sessions: list[Session] = []
         self._threads: list[threading.Thread] = []

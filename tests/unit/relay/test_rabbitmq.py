@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 import ssl
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from outbox.relay.rabbitmq import RabbitBroker
 from tests.builders import message
 from tests.kit.outgoing import answered, batch, connected
 from tests.kit.ports import free_port
+from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
 from tests.kit.scripted_amqp import Publish, ScriptedAmqp, Session, acknowledge
 from tests.kit.waiting import eventually
 
@@ -281,6 +283,38 @@ def test_an_idle_connection_may_be_silent_and_the_first_message_after_it_has_the
         assert outcomes(answered(broker, 1)) == {1: Outcome.CONFIRMED}
         assert broker.answers(0.65) == []
         assert not session.ended.is_set()
+
+
+def test_acks_that_the_network_holds_back_beyond_the_deadline_confirm_nothing() -> None:
+    with ScriptedAmqp(acknowledge) as server, Proxy(server.port) as proxy:
+        server.url = f"amqp://user:secret@127.0.0.1:{proxy.port}/"
+        with relay_on(server, confirm_timeout_seconds=0.3) as broker:
+            broker.send(batch(1, first=0))
+            answered(broker, 1)
+            proxy.stall(TO_CLIENT)
+            broker.send(batch(3))
+            server.session(1).wait_for(4)
+            assert set(outcomes(answered(broker, 3)).values()) == {Outcome.LOST}
+            proxy.restore()
+            connected(broker)
+            broker.send(batch(1, first=10))
+            assert outcomes(answered(broker, 1)) == {10: Outcome.CONFIRMED}
+            assert broker.answers(0.05) == []
+
+
+def test_a_message_cut_in_the_middle_is_lost_and_sent_whole_the_next_time() -> None:
+    with ScriptedAmqp(acknowledge) as server, Proxy(server.port) as proxy:
+        server.url = f"amqp://user:secret@127.0.0.1:{proxy.port}/"
+        with relay_on(server) as broker:
+            sent = [Outgoing(1, message(body=b'"' + b"x" * 10_000 + b'"'))]
+            proxy.cut_after(7_000, TO_SERVER)
+            broker.send(sent)
+            assert outcomes(answered(broker, 1)) == {1: Outcome.LOST}
+            connected(broker)
+            broker.send(sent)
+            assert outcomes(answered(broker, 1)) == {1: Outcome.CONFIRMED}
+        assert server.session(1).publishes == []
+        assert [publish.body for publish in server.session(2).publishes] == [cloud_event(sent[0].message)]
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------------
@@ -547,7 +581,7 @@ def test_stop_says_goodbye_when_all_is_answered() -> None:
         broker.send(batch(3))
         answered(broker, 3)
         broker.stop(5)
-        assert server.session(1).said_goodbye
+        assert spec.Connection.Close in server.session(1).methods
         assert not broker.state().connected
 
 
@@ -567,20 +601,52 @@ def test_stop_ends_in_time_while_the_broker_is_blocked_and_while_it_does_not_ans
         eventually(lambda: broker.state().blocked, what="the state blocked")
         broker.stop(60)
         assert not broker.state().connected
-        assert not server.session(1).said_goodbye
+        assert spec.Connection.Close not in server.session(1).methods
     with ScriptedAmqp() as server, relay_on(server) as broker:
         server.session(1).deaf = True
         broker.stop(2)
         assert not broker.state().connected
 
 
-def test_stop_ends_in_time_while_it_connects() -> None:
+@pytest.mark.parametrize("step", [spec.Connection.StartOk, spec.Channel.Open, spec.Confirm.Select])
+def test_stop_ends_in_time_while_it_connects(step: type) -> None:
     with ScriptedAmqp() as server:
-        server.mute = True
+        server.unanswered.add(step)
         with relay_on(server, wait=False) as broker:
-            server.session(1)
+            server.session(1).wait_for_method(step)
             broker.stop(60)
             assert not broker.state().connected
+
+
+def test_stop_ends_in_time_while_nobody_takes_the_connection() -> None:
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        with ExitStack() as others:
+            for _ in range(3):  # the queue of the listener is full: Linux answers no further SYN
+                other = others.enter_context(socket.socket())
+                other.setblocking(False)
+                other.connect_ex(full.getsockname())
+            broker = RabbitBroker(f"amqp://user:secret@127.0.0.1:{full.getsockname()[1]}/", exchange="openevent")
+            broker.start()
+            assert broker.answers(0.1) == []
+            broker.stop(60)
+            assert not broker.state().connected
+
+
+@pytest.mark.parametrize(
+    ("step", "words"), [(spec.Connection.Open, "Timeout"), (spec.Confirm.Select, "opened no channel within 0.1 s")]
+)
+def test_a_broker_that_stops_answering_while_it_connects_is_given_up(
+    step: type, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outbox.relay.rabbitmq._CONNECT_SECONDS", 0.1)
+    with ScriptedAmqp(acknowledge) as server:
+        server.unanswered.add(step)
+        with relay_on(server, wait=False) as broker:
+            eventually(lambda: words in broker.state().detail, what=words)
+            server.unanswered.clear()
+            connected(broker)
 
 
 @pytest.mark.parametrize(
