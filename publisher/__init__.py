@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from flask import Flask
+from flask.json.provider import DefaultJSONProvider
 
 from outbox import OutboxError
 from outbox.database import create_engine
@@ -51,7 +52,7 @@ def create_app(config: Mapping[str, Any] = MappingProxyType({})) -> Flask:
 def _create(config: Mapping[str, Any]) -> Flask:
     app = Flask("publisher", static_url_path="/docs/static")
     app.config.from_mapping(config)
-    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.json = Json(app)
     settings = load(config=app.config, environ=os.environ, folder=CHECKOUT)
     settings.require("DATABASE_URL", "BROKER_URL")
     # The library reads an application's settings, not its pyproject.toml.
@@ -66,6 +67,13 @@ def _create(config: Mapping[str, Any]) -> Flask:
     if _is_embedded(settings):
         migrations.upgrade(engine)
     return app
+
+
+class Json(DefaultJSONProvider):
+    """JSON in the order of our fields, with letters as they are."""
+
+    sort_keys = False
+    ensure_ascii = False
 
 
 def _is_embedded(settings: Settings) -> bool:

@@ -35,7 +35,9 @@ def made(state: dict[str, Any], path: str) -> Response:
 
 def done() -> Response:
     """Return 204."""
-    return Response(status=204)
+    answer = Response(status=204)
+    del answer.headers["Content-Type"]
+    return answer
 
 
 def collection(found: Sequence[Event | Part], page: Page) -> Response:

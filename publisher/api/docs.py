@@ -69,13 +69,19 @@ def shape(schema: dict[str, Any]) -> str:
     kinds = schema.get("type", "")
     words = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind]
     if "enum" in schema:
-        return " | ".join(schema["enum"])
+        return " | ".join(schema["enum"]) + _default(schema)
     text = " or ".join(schema.get("format", word) if word == "string" else word for word in words)
-    if "maxLength" in schema:
+    if "pattern" in schema:
+        text = schema["description"] + (" or null" if "null" in words else "")
+    elif "maxLength" in schema:
         text += f", at most {schema['maxLength']:,} characters"
     if "minimum" in schema and schema["maximum"] < current_app.config["MAX_CONTENT_LENGTH"]:
         text += f", {schema['minimum']:g} to {schema['maximum']:g}"
-    return text
+    return text + _default(schema)
+
+
+def _default(schema: dict[str, Any]) -> str:
+    return f"; {schema['default']} where left out" if "default" in schema else ""
 
 
 @views.app_template_filter("code")

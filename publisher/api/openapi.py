@@ -81,6 +81,7 @@ def _writable(kind: Kind, *, partial: bool) -> Json:
     if partial:
         return _object(properties, required=())
     properties |= {name: field.schema for name, (field, _) in kind.first.items()}
+    properties |= {name: {**properties[name], "default": default} for name, default in kind.defaults.items()}
     return _object(properties, required=sorted(kind.required))
 
 

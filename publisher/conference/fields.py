@@ -58,7 +58,7 @@ class Pattern:
 
     @property
     def schema(self) -> dict[str, Any]:
-        schema = {"type": "string", "maxLength": self.longest, "pattern": f"^{self.pattern}$"}
+        schema = {"type": "string", "maxLength": self.longest, "pattern": f"^{self.pattern}$", "description": self.meaning}
         return schema | ({"format": self.format} if self.format else {})
 
     def parse(self, value: object) -> str:
