@@ -7,9 +7,10 @@ The *tap* is a queue bound to everything and read without our runtime. *Effects*
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -48,6 +49,13 @@ class Verdict:
 def digest(body: bytes) -> str:
     """Return a short fingerprint of a body."""
     return hashlib.sha256(body).hexdigest()[:16]
+
+
+def fingerprint(data: Any) -> str:
+    """Return the digest of data as it was sent and as it arrives, however JSON spells it; bytes as they are."""
+    if data is None or isinstance(data, bytes):
+        return digest(data or b"")
+    return digest(json.dumps(data, sort_keys=True).encode())
 
 
 def judge(ledger: Sequence[Entry], tap: Sequence[Entry], effects: Iterable[str] | None = None) -> Verdict:
