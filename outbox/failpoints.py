@@ -45,6 +45,11 @@ def arm(environ: Mapping[str, str]) -> None:
         _armed[name.strip()] = (action, int(count or "1"))
 
 
+def armed(name: str) -> bool:
+    """Say whether something would still happen at *name*: for places that have to be made before they can be reached."""
+    return name in _armed
+
+
 def reached(name: str) -> None:
     """Say that the code is at *name*; does nothing unless that failpoint is armed and its count is used up."""
     if not _armed or name not in _armed:

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from outbox import failpoints
 from outbox.backoff import Backoff
 from outbox.embedded.file import BrokerFileError, BrokerFileUnavailable
 from outbox.embedded.queues import Publication, Queues
@@ -116,6 +117,7 @@ class EmbeddedBroker:
             return None
         try:
             reached = self._queues.publish(self._exchange, publications)
+            failpoints.reached("R2")
         except (BrokerFileUnavailable, BrokerFileError) as error:
             self._fail(error)
             return None

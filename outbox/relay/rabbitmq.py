@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import pika
 from pika.adapters.select_connection import IOLoop
 
-from outbox import amqp_url
+from outbox import amqp_url, failpoints
 from outbox.backoff import Backoff
 from outbox.relay import endings
 from outbox.relay.broker import NOT_SENT, Answer, BrokerState, Outcome
@@ -354,6 +354,8 @@ class _Link:
                 size += len(frames)
         if portion:
             self._connection.write(b"".join(portion))
+            if failpoints.armed("R2"):  # pika writes in the next turn of the loop, before the timers
+                self._loop.call_later(0, lambda: failpoints.reached("R2"))
         if size >= _BYTES_PER_WRITE and self._queue and not self._write_scheduled:
             self._write_scheduled = True
             self._loop.add_callback_threadsafe(self._write)

@@ -27,6 +27,16 @@ def test_an_unarmed_failpoint_does_nothing() -> None:
     failpoints.reached("R1")
 
 
+def test_a_failpoint_is_armed_until_it_has_acted() -> None:
+    failpoints.arm({"OUTBOX_FAILPOINTS": "R2=raise@2"})
+    assert not failpoints.armed("R1")
+    failpoints.reached("R2")
+    assert failpoints.armed("R2")
+    with pytest.raises(failpoints.FailpointReached):
+        failpoints.reached("R2")
+    assert not failpoints.armed("R2")
+
+
 def test_an_armed_failpoint_acts_once_at_its_count() -> None:
     failpoints.arm({"OUTBOX_FAILPOINTS": "R3=raise@3,K4=raise"})
     failpoints.reached("R3")
