@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -160,6 +161,7 @@ def _broker(here: Context) -> Generator[Finding, None, bool]:
     from outbox.relay import open_broker
 
     settings = here.settings
+    logging.getLogger("outbox.relay").addHandler(logging.NullHandler())  # what it says of the broker stands in the finding
     try:
         _require_broker_file(settings)
         broker = open_broker(settings)

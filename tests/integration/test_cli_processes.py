@@ -215,6 +215,13 @@ def test_a_service_whose_tables_are_not_there_says_what_to_type(outbox: Commands
     assert "! service 'exports' is not running" in outbox.fine("consumer", "status", "shop:service")
 
 
+def test_the_doctor_says_a_failure_once(env: dict[str, str], folder: Path) -> None:
+    broker = f"amqp://ada:hunter2@127.0.0.1:{free_port()}/"
+    done = run("outbox", "doctor", env={**env, "BROKER_URL": broker}, cwd=folder)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.count("Connection refused") == 1
+
+
 # --- under flask --------------------------------------------------------------------------------------------------------
 
 _APP = """
