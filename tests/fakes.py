@@ -20,7 +20,15 @@ class FakeBroker:
     `delivered` is what a queue bound to everything would hold, in order of arrival. By itself it confirms everything.
     """
 
-    def __init__(self, script: Callable[[Message], Outcome | None] | None = None, *, connected: bool = True) -> None:
+    def __init__(
+        self,
+        script: Callable[[Message], Outcome | None] | None = None,
+        *,
+        connected: bool = True,
+        patient: bool = True,
+    ) -> None:
+        """Without *patient* it never waits for an answer: for tests that turn the relay by hand, by a clock of theirs."""
+        self._patient = patient
         self.script = script or (lambda _message: Outcome.CONFIRMED)
         self.sent: list[Message] = []
         self.delivered: list[Message] = []
@@ -56,7 +64,8 @@ class FakeBroker:
 
     def answers(self, timeout: float) -> list[Answer]:
         with self._changed:
-            self._changed.wait_for(lambda: self._answers or self._news, max(timeout, 0.0))
+            if self._patient:
+                self._changed.wait_for(lambda: self._answers or self._news, max(timeout, 0.0))
             self._news = False
             found = list(self._answers)
             self._answers.clear()

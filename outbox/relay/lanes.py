@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from outbox.tables import State
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
@@ -69,7 +71,7 @@ _MARKS = 10_000
 class Lanes:
     """Everything the relay has in memory between reading a row and being sure that it is gone."""
 
-    def __init__(self, *, window: int, window_bytes: int, rows_per_key: int = 100) -> None:
+    def __init__(self, *, window: int, window_bytes: int, rows_per_key: int) -> None:
         self._window = window
         self._window_bytes = window_bytes
         self._rows_per_key = rows_per_key
@@ -79,6 +81,8 @@ class Lanes:
         #: Answered, id → the key it blocks or None; first until its settling is committed, then until a read has shown it.
         self._unsettled: dict[int, str | None] = {}
         self._settled: dict[int, str | None] = {}
+        #: Delivered messages that held others, until their settling is committed.
+        self._releasing: set[int] = set()
         self._delivered: OrderedDict[str, int] = OrderedDict()
         self._unproven: dict[str, None] = {}
         #: Keys of which reads leave out the rest → the highest id loaded of each.
@@ -285,18 +289,27 @@ class Lanes:
 
     def done(self, item: Item) -> None:
         """It was delivered: the next of its key may start; its id is remembered until `settled` and a read after it."""
-        self._land(item, None)
         key, sequence = item.row.key, item.row.sequence
-        if key is None or sequence is None:
+        if key is not None and sequence is not None:
+            self._delivered[key] = sequence
+            self._delivered.move_to_end(key)
+            if len(self._delivered) > _MARKS:
+                self._delivered.popitem(last=False)
+        if item.row.state != State.PENDING:
+            self._releasing.add(item.row.id)
+        if item.row.state == State.UNROUTABLE:
+            # Later messages of other topics might overtake what waited behind it, and were loaded because of that. Not now.
+            self._block(item)
             return
-        self._delivered[key] = sequence
-        self._delivered.move_to_end(key)
-        if len(self._delivered) > _MARKS:
-            self._delivered.popitem(last=False)
-        self._advance(key, self._lanes[key])
+        self._land(item, None)
+        if key is not None:
+            self._advance(key, self._lanes[key])
 
     def hold(self, item: Item) -> None:
         """It was not delivered: what is loaded of its key is dropped and nothing more is loaded until the hold is seen."""
+        self._block(item)
+
+    def _block(self, item: Item) -> None:
         key = item.row.key
         self._land(item, key)
         if key is None:
@@ -327,6 +340,9 @@ class Lanes:
         for id_ in ids:
             if id_ in self._unsettled:
                 self._settled[id_] = self._unsettled.pop(id_)
+            if id_ in self._releasing:  # what it held has higher ids, and reads have passed them
+                self._releasing.discard(id_)
+                self._look_again(id_)
 
     def abandon(self) -> None:
         """The shards are another relay's: keep only what is in flight or answered, and believe nothing about keys."""

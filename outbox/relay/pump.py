@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _ENVELOPE_BYTES = 600
 #: Bytes in flight, bytes of one read, and bytes loaded above which nothing more is read.
 _WINDOW_BYTES, _READ_BYTES, _LOADED_BYTES = 32 << 20, 8 << 20, 64 << 20
+#: Rows of one key in memory: one hot key must not fill it.
+_ROWS_PER_KEY = 100
 #: Answers wait this long for company before they are settled; alone they would cost a commit each.
 _SETTLE_SECONDS = 0.01
 #: While messages flow, and for this long after a wake-up that brought nothing, reads come this close together.
@@ -78,7 +80,8 @@ class Pump:
         self._relay_id = relay_id
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311
-        self.lanes = Lanes(window=limits.window, window_bytes=_WINDOW_BYTES)
+        rows_per_key = max(1, min(_ROWS_PER_KEY, (limits.window + limits.batch_rows) // 10))
+        self.lanes = Lanes(window=limits.window, window_bytes=_WINDOW_BYTES, rows_per_key=rows_per_key)
         self._position = Position()
         self._caution = Caution()
         self._topics = Topics(unheard_seconds=policy.unheard_seconds)
@@ -236,7 +239,7 @@ class Pump:
             self._position.returned(after, rows[-1].id if rows else None, began=began, ended=ended)
             chosen = self.lanes.choose(rows)
             if self._topics.troubled:
-                chosen = [row for row in chosen if self._topics.admit(row, now, self.lanes.__contains__)]
+                chosen = [row for row in chosen if self._topics.admit(row, now)]
             content = drain.messages(connection, [row.message_row for row in chosen], max_bytes=_READ_BYTES)
             loaded = [self._item(row, content) for row in chosen if row.message_row not in content.postponed]
             self.lanes.load(loaded)

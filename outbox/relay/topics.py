@@ -50,18 +50,24 @@ class Topics:
         return bool(self._refusing or self._unheard)
 
     def closed(self, now: float, loaded: Callable[[int], bool]) -> tuple[list[str], list[str]]:
-        """Return the topics a read leaves out, and those of which it leaves out `unroutable` rows."""
+        """Return the topics a read leaves out, and those of which it leaves out `unroutable` rows; call it before each read.
+
+        A probe that is no longer *loaded* was dropped before it could ask.
+        """
+        for gate in (*self._refusing.values(), *self._unheard.values()):
+            if gate.probe is not None and not loaded(gate.probe):
+                gate.probe = None
         return (
-            [topic for topic, gate in self._refusing.items() if not _open(gate, now, loaded)],
-            [topic for topic, gate in self._unheard.items() if not _open(gate, now, loaded)],
+            [topic for topic, gate in self._refusing.items() if not _open(gate, now)],
+            [topic for topic, gate in self._unheard.items() if not _open(gate, now)],
         )
 
-    def admit(self, row: Row, now: float, loaded: Callable[[int], bool]) -> bool:
+    def admit(self, row: Row, now: float) -> bool:
         """Say whether *row* may be loaded; the one that may becomes its topic's probe."""
         gate = self._gate(row)
         if gate is None:
             return True
-        if not _open(gate, now, loaded):
+        if not _open(gate, now):
             return False
         gate.probe = row.id
         return True
@@ -112,5 +118,5 @@ class Topics:
         return gate
 
 
-def _open(gate: _Gate, now: float, loaded: Callable[[int], bool]) -> bool:
-    return gate.opens_at <= now and (gate.probe is None or not loaded(gate.probe))
+def _open(gate: _Gate, now: float) -> bool:
+    return gate.opens_at <= now and gate.probe is None

@@ -236,12 +236,19 @@ def _message(
 
 @cache
 def _predecessors(dialect: str) -> sa.Select[Any]:
-    row, earlier = pending.alias("p"), pending.alias("e")
+    row, earlier, unheard = pending.alias("p"), pending.alias("e"), pending.alias("u")
+    no_queue = sa.exists(sa.literal(1)).where(
+        unheard.c.key == earlier.c.key,
+        unheard.c.topic == earlier.c.topic,
+        unheard.c.sequence <= earlier.c.sequence,
+        unheard.c.state == _literal(State.UNROUTABLE),
+    )
     waits = sa.exists(sa.literal(1)).where(
         earlier.c.key == row.c.key,
         earlier.c.sequence < row.c.sequence,
         earlier.c.state != _literal(State.DISCARDED),
-        sa.or_(earlier.c.state != _literal(State.UNROUTABLE), earlier.c.topic == row.c.topic),
+        # What is unroutable, or waits behind it, holds its own topic only.
+        sa.or_(earlier.c.topic == row.c.topic, ~no_queue),
     )
     return sa.select(row.c.id, waits.label("waits")).where(
         _among(row.c.id, "ids", sa.BigInteger(), dialect), row.c.state != _literal(State.DISCARDED)

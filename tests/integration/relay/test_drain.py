@@ -191,6 +191,16 @@ def test_discarded_ones_and_unroutable_ones_of_another_topic_are_not_waited_for(
     assert waits(engine, *other) == {other[0]: False}
 
 
+def test_what_waits_behind_an_unroutable_one_of_its_topic_is_not_waited_for_by_other_topics(engine: Engine) -> None:
+    before = written(engine, keyed("x"))
+    written(engine, keyed("x"), state=State.UNROUTABLE)
+    behind = written(engine, keyed("x"))
+    other = written(engine, keyed("y"))
+    assert waits(engine, *behind, *other) == {behind[0]: True, other[0]: True}
+    settle(engine, confirmed(engine, *before))
+    assert waits(engine, *behind, *other) == {behind[0]: True, other[0]: False}
+
+
 def test_a_row_that_is_gone_or_was_discarded_meanwhile_gets_no_answer(engine: Engine) -> None:
     discarded = written(engine, keyed(), state=State.DISCARDED)
     assert waits(engine, *discarded, 9999) == {}

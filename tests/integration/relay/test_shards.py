@@ -16,6 +16,8 @@ from outbox.store.leases import Holder
 from outbox.tables import SHARDS
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from sqlalchemy.engine import Engine
 
 
@@ -68,9 +70,10 @@ def test_a_lease_is_renewed_when_a_third_of_it_has_passed_and_not_before(engine:
     assert lease_end(engine) > until
 
 
-def lease_end(engine: Engine) -> object:
+def lease_end(engine: Engine) -> datetime:
     with engine.connect() as connection:
-        return connection.scalar(sa.select(sa.func.min(tables.shard.c.lease_until)))
+        until: datetime = connection.execute(sa.select(sa.func.min(tables.shard.c.lease_until))).scalar_one()
+        return until
 
 
 def test_a_lease_counts_from_before_its_renewal_was_sent(engine: Engine) -> None:

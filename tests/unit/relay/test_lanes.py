@@ -219,3 +219,24 @@ def test_take_leaves_what_is_not_allowed_for_later() -> None:
     assert [each.row.id for each in held.take(lambda each: each.row.id == 2)] == [2]
     assert [each.row.id for each in held.candidates()] == [1]
     assert take(held) == [1]
+
+
+def test_what_a_delivered_message_held_is_read_again_as_soon_as_its_settling_is_committed() -> None:
+    held = lanes()
+    load(held, row(7, "a", 3, state="retrying"))
+    held.done(flying(held, take(held)[0]))
+    assert held.take_revisit() is None
+    held.settled([7])
+    assert held.take_revisit() == 7
+
+
+def test_when_a_queue_is_bound_other_topics_stop_overtaking_what_waited_for_it() -> None:
+    held = lanes()
+    load(held, row(1, "a", 1, "x", state="unroutable"), row(3, "a", 3, "y"))  # 2 is of topic x, and waits behind 1
+    assert take(held) == [1]
+    held.done(flying(held, 1))
+    assert take(held) == []
+    assert held.choose([row(3, "a", 3, "y")]) == []
+    held.settled([1])
+    assert load(held, row(2, "a", 2, "x"), row(3, "a", 3, "y")) == [2, 3]
+    assert take(held) == [2]

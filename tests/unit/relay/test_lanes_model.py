@@ -134,17 +134,22 @@ class LanesModel:
     def predecessors(self, asked: Collection[int]) -> Mapping[int, bool]:
         if not self.query_by_key:
             return dict.fromkeys(asked, False)
-        return {
-            id_: any(
-                other.committed
-                and other.row.key == self.stored[id_].row.key
-                and (other.row.sequence or 0) < (self.stored[id_].row.sequence or 0)
-                and (other.state != "unroutable" or other.row.topic == self.stored[id_].row.topic)
-                for other in self.stored.values()
-            )
-            for id_ in asked
-            if id_ in self.stored
-        }
+        return {id_: any(self.waits(self.stored[id_].row, other) for other in self.stored.values()) for id_ in asked}
+
+    def waits(self, row: Row, other: Stored) -> bool:
+        earlier = other.row
+        if not other.committed or earlier.key != row.key or (earlier.sequence or 0) >= (row.sequence or 0):
+            return False
+        return earlier.topic == row.topic or not self.unheard(earlier)
+
+    def unheard(self, row: Row) -> bool:
+        """Whether nobody listens to the topic of *row*: it, or an earlier one of its key and topic, was returned."""
+        return any(
+            (other.state == "unroutable" or (other.row.id, "unroutable") in self.unsettled)
+            and (other.row.key, other.row.topic) == (row.key, row.topic)
+            and (other.row.sequence or 0) <= (row.sequence or 0)
+            for other in self.stored.values()
+        )
 
     # --- the broker ---
 
@@ -187,8 +192,7 @@ class LanesModel:
             for other in passed:
                 if (other.row.sequence or 0) < (row.sequence or 0):
                     # Only a message nobody listens to may be overtaken, by one of another topic.
-                    unheard = other.state == "unroutable" or (other.row.id, "unroutable") in self.unsettled
-                    assert unheard, "it was delivered before an earlier one"
+                    assert self.unheard(other.row), "it was delivered before an earlier one"
                     assert other.row.topic != row.topic, "it was delivered before an earlier one of its topic"
         self.delivered.append(self.stored[row.id].row)
 
