@@ -21,6 +21,7 @@ from outbox.errors import ConfigurationError
 from outbox.message import cloud_event
 from outbox.relay.broker import NOT_SENT, PRECONDITION, Outcome, Outgoing
 from outbox.relay.rabbitmq import RabbitBroker
+from outbox.relay.rabbitmq.link import Link
 from tests.builders import message
 from tests.kit.outgoing import answered, batch, connected
 from tests.kit.ports import free_port
@@ -546,6 +547,39 @@ def test_it_starts_before_the_broker_is_up_and_survives_its_restart(caplog: pyte
     assert "secret" not in caplog.text
 
 
+def test_a_mistake_of_ours_loses_the_connection_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ScriptedAmqp(acknowledge) as server, relay_on(server) as broker:
+        with monkeypatch.context() as broken:
+            broken.setattr(Link, "_may_write", lambda *_: 1 / 0)
+            broker.send([Outgoing(1, message(body=b'"the secret of the conference"'))])
+            answers = answered(broker, 1)
+        assert outcomes(answers) == {1: Outcome.LOST}
+        assert answers[1].detail == NOT_SENT + "a mistake of this program: ZeroDivisionError"
+        connected(broker)
+        broker.send(batch(1))
+        assert outcomes(answered(broker, 1)) == {1: Outcome.CONFIRMED}
+    assert "ended by a mistake of this program" in caplog.text
+    assert "the secret" not in caplog.text
+
+
+def test_without_a_file_descriptor_for_a_connection_it_waits_for_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def too_many(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with ScriptedAmqp(acknowledge) as server:
+        with monkeypatch.context() as exhausted:
+            exhausted.setattr(IOLoop, "__init__", too_many)
+            broker = RabbitBroker(server.url, exchange="openevent", reconnect=AT_ONCE)
+            broker.start()
+            eventually(lambda: "Too many open files" in caplog.text, what="the complaint")
+        connected(broker)
+        broker.stop(5)
+
+
 def test_wake_returns_from_a_long_wait() -> None:
     with ScriptedAmqp() as server, relay_on(server) as broker:
         broker.wake()
@@ -640,7 +674,8 @@ def test_stop_ends_in_time_while_nobody_takes_the_connection() -> None:
 def test_a_broker_that_stops_answering_while_it_connects_is_given_up(
     step: type, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("outbox.relay.rabbitmq._CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr("outbox.relay.rabbitmq.connection._CONNECT_SECONDS", 0.1)
+    monkeypatch.setattr("outbox.relay.rabbitmq.link._CHANNEL_SECONDS", 0.1)
     with ScriptedAmqp(acknowledge) as server:
         server.unanswered.add(step)
         with relay_on(server, wait=False) as broker:

@@ -1,0 +1,307 @@
+"""One connection to RabbitMQ: what is written, what the answers mean, and when to give it up.
+
+What a link writes:
+
+* the first message alone, so that one that makes the broker close connections takes no others with it;
+* then whatever it is given, up to `_MAX_BYTES_IN_FLIGHT`: pika buffers without limit what the socket does not take;
+* nothing while the broker says `connection.blocked`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pika
+from pika.adapters.select_connection import IOLoop
+
+from outbox import failpoints
+from outbox.relay import endings
+from outbox.relay.broker import Answer, Outcome
+from outbox.relay.confirms import Confirms, Flight, Unexpected
+from outbox.relay.endings import Ending
+from outbox.relay.frames import PublishEncoder
+from outbox.relay.rabbitmq.connection import CHANNEL, Connection
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from outbox.amqp_url import AmqpUrl
+    from outbox.relay.broker import Outgoing
+
+#: Unanswered bytes above which a link writes no more; one larger message still goes, alone.
+_MAX_BYTES_IN_FLIGHT = 8 * 1024 * 1024
+#: Bytes encoded at once, before the loop gets a chance to send them and to read answers.
+_BYTES_PER_WRITE = 128 * 1024
+#: How long the broker may take to open our channel, once it has let us in.
+_CHANNEL_SECONDS = 10.0
+#: How long pika may take to end a connection that is dropped.
+_DROP_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Where and how to publish."""
+
+    url: AmqpUrl
+    exchange: str
+    app_id: str
+    #: Longest silence of the broker while messages wait for an answer.
+    confirm_timeout_seconds: float
+    parameters: pika.ConnectionParameters
+
+
+class Owner(Protocol):
+    """Who is told what happens on a link, in the I/O thread."""
+
+    def ready(self) -> None:
+        """The link takes messages."""
+
+    def answered(self, answers: list[Answer]) -> None:
+        """The broker answered messages, or our encoder refused them."""
+
+    def proven(self) -> None:
+        """The link got its first confirm."""
+
+    def blocked(self, reason: str) -> None:
+        """The broker reads nothing from us."""
+
+    def unblocked(self) -> None:
+        """The broker reads again."""
+
+
+class Link:
+    """One connection from its first byte to its last. Everything but `hand_over` and `request_close` runs in the I/O thread."""
+
+    def __init__(self, terms: Terms, owner: Owner) -> None:
+        self._terms = terms
+        self._owner = owner
+        self._loop = IOLoop()
+        self._connection: Any = None
+        self._encoder: PublishEncoder
+        self._confirms = Confirms()
+        #: Handed over by the other thread; taken into `_queue` by this one.
+        self._inbox: deque[Sequence[Outgoing]] = deque()
+        #: Not written yet.
+        self._queue: deque[Outgoing] = deque()
+        self._end: Ending | None = None
+        self._write_scheduled = False
+        #: When the last confirm came, or the first of the messages now unanswered: what silence is counted from.
+        self._heard_at = 0.0
+        #: The broker let us in.
+        self.was_open = False
+        #: The channel stands and confirms are on.
+        self.ready = False
+        #: Why the broker reads nothing; empty: it reads.
+        self.blocked = ""
+        #: A confirm came: connection, exchange and permissions are as they should be.
+        self.proven = False
+
+    # --- from the relay's thread ------------------------------------------------------------------------------------------
+
+    def hand_over(self, batch: Sequence[Outgoing]) -> None:
+        """Write *batch* as soon as may be."""
+        self._inbox.append(batch)
+        self._loop.add_callback_threadsafe(self._take)
+
+    def request_close(self, seconds: float) -> None:
+        """Say goodbye to the broker if all is answered; end in any case within about *seconds*."""
+        self._loop.add_callback_threadsafe(lambda: self._close(seconds))
+
+    # --- from beginning to end --------------------------------------------------------------------------------------------
+
+    def run(self) -> Ending:
+        """Connect, publish what is handed over, and return when the connection has ended."""
+        try:
+            self._connection = Connection(
+                self._terms.parameters,
+                on_open_callback=self._on_connected,
+                on_open_error_callback=self._on_closed,
+                on_close_callback=self._on_closed,
+                custom_ioloop=self._loop,
+            )
+            self._loop.start()
+        finally:
+            self._loop.close()
+        return self._end or Ending(f"the connection to {self._terms.url} ended without a reason")
+
+    def abandon(self) -> tuple[list[int], list[int]]:
+        """Return the tokens of all messages without an answer: those written, those not."""
+        unwritten = [outgoing.token for batch in (self._queue, *self._inbox) for outgoing in batch]
+        self._queue.clear()
+        self._inbox.clear()
+        return self._confirms.abandon(), unwritten
+
+    def _finish(self, end: Ending) -> None:
+        """End the link without another word to the broker; the first reason given is the one that counts."""
+        if self._end is None:
+            self._end = end
+            self._loop.call_later(_DROP_SECONDS, self._loop.stop)  # in case pika finds no way out
+            self._connection.drop()
+
+    def _close(self, seconds: float) -> None:
+        goodbye = Ending(f"disconnected from {self._terms.url}", expected=True)
+        if self.ready and self._end is None and not self.blocked and not self._unanswered:
+            self._end = goodbye
+            self._loop.call_later(seconds, self._loop.stop)
+            self._connection.close()
+        else:  # who reads nothing answers no farewell
+            self._finish(goodbye)
+
+    def _on_connected(self, connection: Any) -> None:
+        self.was_open = True
+        self._loop.call_later(_CHANNEL_SECONDS, self._give_up_waiting)
+        connection.add_on_connection_blocked_callback(self._on_blocked)
+        connection.add_on_connection_unblocked_callback(self._on_unblocked)
+        connection.channel(CHANNEL, on_open_callback=self._on_channel)
+
+    def _on_channel(self, channel: Any) -> None:
+        channel.add_on_close_callback(self._on_channel_closed)
+        channel.add_on_return_callback(self._on_return)
+        # Passive: only asks. A missing exchange shall be known before the first message, not by it.
+        channel.exchange_declare(
+            self._terms.exchange,
+            passive=True,
+            callback=lambda _: channel.confirm_delivery(self._on_confirm, callback=self._on_confirms_on),
+        )
+
+    def _on_confirms_on(self, _: Any) -> None:
+        self._encoder = PublishEncoder(
+            channel=CHANNEL,
+            exchange=self._terms.exchange,
+            app_id=self._terms.app_id,
+            frame_max=self._connection.params.frame_max,
+        )
+        self.ready = True
+        self._watch()
+        self._owner.ready()
+        if self.blocked:
+            self._owner.blocked(self.blocked)
+
+    def _give_up_waiting(self) -> None:
+        if not self.ready:
+            self._finish(Ending(f"{self._terms.url} opened no channel within {_CHANNEL_SECONDS:g} s"))
+
+    def _on_closed(self, connection: Any, error: Exception) -> None:
+        if self._end is None:
+            url = self._terms.url
+            if connection.last_words is not None:
+                self._end = endings.closed_by_broker(url, *connection.last_words, was_open=self.was_open)
+            else:
+                self._end = endings.failed(url, error, was_open=self.was_open)
+        self._loop.stop()
+
+    def _on_channel_closed(self, _: Any, error: Exception) -> None:
+        if isinstance(error, pika.exceptions.ChannelClosedByBroker):
+            self._finish(endings.channel_closed(self._terms.url, error.reply_code, error.reply_text))
+
+    # --- publishing -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _unanswered(self) -> bool:
+        return bool(self._confirms or self._queue)
+
+    def _take(self) -> None:
+        if not self._unanswered:
+            self._heard_at = time.monotonic()
+        while self._inbox:
+            self._queue += self._inbox.popleft()
+        self._write()
+
+    def _write(self) -> None:
+        """Write one portion of the queue, as far as may be, and come back for the rest."""
+        self._write_scheduled = False
+        if self._end is not None or self.blocked:
+            return
+        portion: list[bytes] = []
+        size = 0
+        now = time.monotonic()
+        while self._queue and size < _BYTES_PER_WRITE:
+            message_id = str(self._queue[0].message.id)
+            if not self._may_write(message_id):
+                break
+            outgoing = self._queue.popleft()
+            frames = self._encoded(outgoing, message_id)
+            if frames is not None:
+                self._confirms.sent(Flight(outgoing.token, message_id, len(frames), now))
+                portion.append(frames)
+                size += len(frames)
+        if portion:
+            self._connection.write(b"".join(portion))
+            if failpoints.armed("R2"):  # pika writes in the next turn of the loop, before the timers
+                self._loop.call_later(0, lambda: failpoints.reached("R2"))
+        if size >= _BYTES_PER_WRITE and self._queue and not self._write_scheduled:
+            self._write_scheduled = True
+            self._loop.add_callback_threadsafe(self._write)
+
+    def _may_write(self, message_id: str) -> bool:
+        in_flight = self._confirms
+        if not in_flight:
+            return True
+        # A second message of an id waits for the first one's answer: a return names nothing but the id.
+        return self.proven and in_flight.bytes_in_flight < _MAX_BYTES_IN_FLIGHT and not in_flight.holds(message_id)
+
+    def _encoded(self, outgoing: Outgoing, message_id: str) -> bytes | None:
+        try:
+            return self._encoder.encode(outgoing.message, message_id)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this message's fault alone, and no byte is out
+            # Not the error's text: that may quote what it choked on.
+            self._owner.answered([Answer(outgoing.token, Outcome.REFUSED, f"AMQP can't carry it: {type(error).__name__}")])
+            return None
+
+    def _on_confirm(self, frame: Any) -> None:
+        if self._end is not None:
+            return
+        method, now = frame.method, time.monotonic()
+        take = self._confirms.acked if isinstance(method, pika.spec.Basic.Ack) else self._confirms.nacked
+        try:
+            answers = take(method.delivery_tag, multiple=method.multiple, now=now)
+        except Unexpected as breach:
+            self._finish(self._distrust(breach))
+            return
+        self._heard_at = now
+        self._owner.answered(answers)
+        if not self.proven:
+            self.proven = True
+            self._owner.proven()
+        if self._queue and not self._write_scheduled:
+            self._write()
+
+    def _on_return(self, _channel: Any, method: Any, properties: Any, _body: bytes) -> None:
+        if self._end is not None:
+            return
+        try:
+            self._confirms.returned(properties.message_id, f"{method.reply_code} {method.reply_text}")
+        except Unexpected as breach:
+            self._finish(self._distrust(breach))
+
+    def _distrust(self, breach: Unexpected) -> Ending:
+        return Ending(f"dropped the connection to {self._terms.url}: it sent {breach}")
+
+    # --- silence ----------------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Drop the connection when messages wait and no confirm came for the deadline; look again when it may be over."""
+        remaining = self._terms.confirm_timeout_seconds
+        if self._unanswered:
+            remaining += self._heard_at - time.monotonic()
+        if remaining > 0:
+            self._loop.call_later(remaining, self._watch)
+        else:
+            silence = "it takes no messages" if self.blocked else "no confirm came"
+            self._finish(
+                Ending(f"dropped the connection to {self._terms.url}: {silence} for {self._terms.confirm_timeout_seconds:g} s")
+            )
+
+    def _on_blocked(self, _: Any, frame: Any) -> None:
+        self.blocked = frame.method.reason or "it is out of some resource"
+        if self.ready:
+            self._owner.blocked(self.blocked)
+
+    def _on_unblocked(self, _connection: Any, _frame: Any) -> None:
+        self.blocked = ""
+        if self.ready:
+            self._owner.unblocked()
+            self._write()
