@@ -83,9 +83,8 @@ class Organizer:
         self.known = ReadModel()
 
     def act(self) -> None:
-        acts: list[Callable[[], object]] = [self.make_event, self.change_event, self.change_session, self.unlink]
-        acts += [self.change_part, self.delete_part]
-        acts += [self.make_part] * 3 + [self.make_session, self.move, self.link] * 2
+        acts: list[Callable[[], object]] = [self.make_event, self.change_event, self.change_part, self.unlink]
+        acts += [self.make_part, self.make_session, self.change_session, self.move, self.delete_part] * 2 + [self.link] * 3
         if self.chance.random() < 0.03:
             acts = [self.delete_event]
         self.chance.choice(acts)()
@@ -158,6 +157,10 @@ class Organizer:
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_service_that_only_listens_can_answer_what_the_api_answers(api: Api, sent: list[Message], seed: int) -> None:
     organizer = Organizer(api, seed)
+    for act in [organizer.make_event] * 2 + [organizer.make_part] * 12 + [organizer.make_session] * 6 + [organizer.link] * 8:
+        act()
+        organizer.known.hear(sent)
+        sent.clear()
     for number in range(150):
         organizer.act()
         organizer.known.hear(sent)
@@ -272,6 +275,21 @@ def test_two_writers_of_one_session_announce_a_state_that_holds_both_changes(
     assert (second["title"], second["subtitle"]) == ("first", "second")
     assert second == api.get(f"/v1/sessions/{session}")
     engine.dispose()
+
+
+def test_a_lock_gives_what_the_writer_before_left(empty_postgres_url: str) -> None:
+    api = Api(application(empty_postgres_url))
+    session = api.make(f"/v1/events/{api.event()['id']}/sessions", title="One")["id"]
+
+    with api.app.app_context(), changing() as db:
+        seen_before = db.get_one(Talk, session)
+        with api.app.app_context():
+            api.change(f"/v1/sessions/{session}", title="Two")
+        found = changes.lock_part(db, Talk, session)
+        assert found
+        assert found[1] is seen_before
+        assert seen_before.title == "Two"
+    database.of(api.app).engine.dispose()
 
 
 def waiting(engine: sa.Engine) -> bool:
