@@ -20,7 +20,7 @@ from outbox.logs import say
 from outbox.relay import open_broker, telemetry
 from outbox.relay.listen import Listener
 from outbox.relay.pump import Limits, Pump
-from outbox.relay.shards import Shards
+from outbox.relay.shards import Shards, boottime
 from outbox.relay.verdict import Policy
 from outbox.store import drain, leases
 from outbox.tables import SHARDS, State
@@ -118,14 +118,18 @@ class Relay:
         mode: Mode = Mode.RUN,
         *,
         clock: Callable[[], float] = time.monotonic,
+        lease_clock: Callable[[], float] = boottime,
+        patience_seconds: float | None = None,
     ) -> None:
+        """*patience_seconds*: how long `ONCE` and `DRAIN` wait for something to move; by default a little over a lease."""
         self._settings = settings
+        self._patience = patience_seconds or 5.0 + max(settings.lease_seconds, settings.confirm_timeout_seconds)
         self._engine = engine
         self._broker = broker
         self._mode = mode
         self._clock = clock
         self.id = f"{socket.gethostname()[:40]}:{os.getpid()}:{secrets.token_hex(3)}"
-        self.shards = Shards(engine, self.id, settings.lease_seconds)
+        self.shards = Shards(engine, self.id, settings.lease_seconds, lease_clock)
         self.pump = Pump(
             engine,
             broker,
@@ -338,8 +342,7 @@ class Relay:
         return None
 
     def _out_of_patience(self, now: float) -> bool:
-        limit = 5.0 + max(self._settings.lease_seconds, self._settings.confirm_timeout_seconds)
-        return self._mode is not Mode.RUN and now - self._progress_at > limit
+        return self._mode is not Mode.RUN and now - self._progress_at > self._patience
 
     def _obstacle(self) -> str:
         broker = self._broker.state()

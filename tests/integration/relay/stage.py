@@ -48,7 +48,7 @@ class Stage:
         self.clock = Clock()
         self.broker = FakeBroker(script, patient=False)
         self.broker.start()
-        self.relay = Relay(settings(**changes), engine, self.broker, Mode.RUN, clock=self.clock)
+        self.relay = Relay(settings(**changes), engine, self.broker, Mode.RUN, clock=self.clock, lease_clock=self.clock)
 
     # --- the database ---
 

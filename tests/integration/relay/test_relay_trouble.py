@@ -1,0 +1,266 @@
+"""Databases that go away, relays that hang, and others that take over."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+
+from outbox import migrations, tables
+from outbox.relay.broker import Outcome
+from outbox.relay.daemon import Mode, Relay, open_database
+from outbox.store import drain, leases
+from outbox.tables import State
+from tests.builders import message, write
+from tests.fakes import FakeBroker
+from tests.integration.relay.running import running
+from tests.integration.relay.stage import Stage, settings
+from tests.kit.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Connection, Engine
+
+    from outbox.message import Message
+    from tests.kit.servers import PostgresServer
+
+
+def keyed(key: str = "a") -> Message:
+    return message("x", key)
+
+
+def said(caplog: pytest.LogCaptureFixture, event: str) -> int:
+    return sum(getattr(record, "outbox_event", "") == event for record in caplog.records)
+
+
+def down() -> sa.exc.OperationalError:
+    return sa.exc.OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+
+
+# --- the database goes away ---
+
+
+class Unreliable:
+    """Settles as told: `before` fails without effect, `after` fails although it was committed (its reply was lost)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *failures: str) -> None:
+        self.failures = list(failures)
+        self._settle = drain.settle
+        monkeypatch.setattr(drain, "settle", self)
+
+    def __call__(self, connection: Connection, *arguments: Any) -> int:
+        failure = self.failures.pop(0) if self.failures else ""
+        if failure == "before":
+            raise down()
+        settled = self._settle(connection, *arguments)
+        if failure == "after":
+            connection.commit()
+            raise down()
+        return settled
+
+
+@pytest.mark.parametrize("failure", ["before", "after"])
+def test_what_was_confirmed_is_never_sent_again_however_often_settling_fails(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    unreliable = Unreliable(monkeypatch, *[failure] * 4)
+    stage = Stage(engine)
+    stage.write(*(keyed() for _ in range(5)), message())
+    stage.until(lambda: not unreliable.failures and not stage.rows())
+    stage.turn(100)
+    assert stage.sequences("a") == [1, 2, 3, 4, 5]
+    assert len(stage.broker.sent) == 6
+    assert stage.published_total() == 6
+    assert said(caplog, "database.lost") == said(caplog, "database.answers") >= 1
+
+
+def test_a_failed_settle_of_an_undelivered_message_is_made_up_for_and_its_key_waits_all_along(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreliable = Unreliable(monkeypatch, "before", "after", "before")
+    stage = Stage(engine, lambda each: Outcome.RETURNED if each.sequence == 1 else Outcome.CONFIRMED)
+    stage.write(keyed(), keyed())
+    stage.until(lambda: stage.states() == ["unroutable", "pending"] and not unreliable.failures)
+    stage.turn(50)
+    assert [each.sequence for each in stage.broker.sent] == [1]
+    assert stage.rows()[0].attempts == 1
+
+
+def test_while_the_database_is_away_what_is_loaded_goes_out_and_is_settled_later(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(engine, lambda _: None if stage.delivered() else Outcome.CONFIRMED)
+    stage.write(*(keyed() for _ in range(10)))
+    stage.until(lambda: len(stage.broker.flying) == 1)
+    with monkeypatch.context() as away:
+
+        def fail(*_: object, **__: object) -> None:
+            raise down()
+
+        for name in ("read", "settle", "predecessors"):
+            away.setattr(drain, name, fail)
+        away.setattr(leases, "renew", fail)
+        stage.broker.script = lambda _: Outcome.CONFIRMED
+        stage.broker.answer(stage.broker.flying[0])
+        stage.turn(50)
+        assert stage.sequences("a") == list(range(1, 11))
+        assert len(stage.rows()) >= 9
+    stage.run_dry()
+    assert len(stage.broker.sent) == 10
+
+
+def test_without_a_database_nothing_is_sent_beyond_the_lease(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(engine, lambda _: None if stage.delivered() else Outcome.CONFIRMED)
+    stage.write(*(keyed() for _ in range(3)))
+    stage.until(lambda: len(stage.broker.flying) == 1)
+    with monkeypatch.context() as away:
+
+        def fail(*_: object) -> None:
+            raise down()
+
+        away.setattr(leases, "renew", fail)
+        away.setattr(drain, "settle", fail)
+        stage.clock.now += 16.0
+        stage.broker.answer(stage.broker.flying[0])
+        stage.turn(20)
+        assert len(stage.broker.sent) == 2
+    stage.broker.script = lambda _: Outcome.CONFIRMED
+    stage.run_dry()
+    assert stage.sequences("a") == [1, 2, 3]
+
+
+@pytest.mark.faults
+def test_a_relay_survives_a_crash_of_postgresql_and_the_loss_of_its_connections(
+    private_postgres: Callable[[], PostgresServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    server = private_postgres()
+    engine, relays_engine = open_database(server.url), open_database(server.url)
+    migrations.upgrade(engine)
+    broker = FakeBroker()
+    numbers = iter(range(1, 10_000))
+
+    def commit(count: int) -> list[int]:
+        with engine.begin() as connection:
+            write(connection, *(keyed("k") for _ in range(count)))
+        return [next(numbers) for _ in range(count)]
+
+    try:
+        with running(Relay(settings(poll_seconds=0.05), relays_engine, broker)):
+            expected = commit(20)
+            eventually(lambda: len(broker.delivered) == len(expected), what="the first messages")
+            server.terminate_backends()
+            engine.dispose()
+            expected += commit(20)
+            eventually(lambda: len(broker.delivered) == len(expected), 20.0, "messages after the connections were lost")
+            broker.script = lambda _: None
+            expected += commit(20)
+            eventually(lambda: broker.flying, what="an unconfirmed message")
+            server.kill()
+            broker.script = lambda _: Outcome.CONFIRMED
+            broker.answer(broker.flying[0])
+            eventually(lambda: said(caplog, "database.lost"), what="the relay to notice")
+            server.start()
+            engine.dispose()
+            eventually(lambda: len(broker.delivered) == len(expected), 30.0, "messages after the crash")
+            eventually(lambda: not rows(engine), 20.0, "all to be settled")
+        assert [each.sequence for each in broker.delivered] == expected
+        assert len(broker.sent) == len(expected)
+        assert said(caplog, "database.lost") == said(caplog, "database.answers") <= 3
+    finally:
+        engine.dispose()
+        relays_engine.dispose()
+
+
+def rows(engine: Engine) -> list[int]:
+    with engine.connect() as connection:
+        return list(connection.scalars(sa.select(tables.pending.c.id)))
+
+
+# --- another relay ---
+
+
+def test_a_second_relay_waits_says_so_once_and_takes_over_when_the_first_leaves(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    first, second = Stage(engine), Stage(engine)
+    first.turn()
+    second.turn(30)
+    first.write(keyed(), keyed())
+    first.run_dry()
+    second.turn(30)
+    assert second.broker.sent == []
+    waiting = [record.getMessage() for record in caplog.records if getattr(record, "outbox_event", "") == "shards.waiting"]
+    assert len(waiting) == 1
+    assert first.relay.id in waiting[0]
+    first.relay.shards.release()
+    first.write(keyed())
+    second.run_dry()
+    assert second.sequences("a") == [3]
+
+
+def hang_and_take_over(engine: Engine, answer: Outcome | None) -> tuple[Stage, Stage]:
+    """Hang a relay with the first message of a key in flight, let another deliver the key, then wake the first up."""
+    hung = Stage(engine, lambda each: None if each.key else Outcome.CONFIRMED)
+    hung.write(message(), *(keyed() for _ in range(4)))
+    hung.until(lambda: len(hung.broker.flying) == 1)
+    hung.expire_leases()
+    other = Stage(engine)
+    other.until(lambda: other.sequences("a") == [1, 2])
+    hung.clock.now += 60.0
+    if answer is not None:
+        hung.broker.answer(hung.broker.flying[0], answer)
+    else:
+        hung.broker.disconnect()
+        hung.broker.connect()
+    hung.broker.script = lambda _: Outcome.CONFIRMED
+    hung.turn(50)
+    return hung, other
+
+
+@pytest.mark.parametrize("answer", [Outcome.CONFIRMED, Outcome.NACKED, Outcome.RETURNED, None])
+def test_a_relay_that_hung_while_another_took_over_sends_no_more_and_changes_nothing(
+    engine: Engine, answer: Outcome | None
+) -> None:
+    hung, other = hang_and_take_over(engine, answer)
+    assert [each.sequence for each in hung.broker.sent if each.key] == [1]
+    assert not hung.relay.shards.owned
+    other.run_dry()
+    assert other.sequences("a") == [1, 2, 3, 4]
+    assert hung.relay.pump.lanes.idle
+    assert hung.published_total() == 5
+
+
+def test_a_hung_relay_that_gets_its_shards_back_goes_on_where_the_other_left_off(engine: Engine) -> None:
+    hung, other = hang_and_take_over(engine, None)
+    other.relay.shards.release()
+    hung.run_dry()
+    arrived = [*other.sequences("a"), *hung.sequences("a")]
+    assert arrived == sorted(arrived, key=lambda sequence: sequence or 0)
+
+
+def test_a_message_discarded_by_a_person_while_it_waits_is_not_sent(engine: Engine) -> None:
+    stage = Stage(engine, lambda _: None if stage.delivered() else Outcome.CONFIRMED)
+    stage.write(keyed(), keyed(), keyed())
+    stage.until(lambda: len(stage.broker.flying) == 1)
+    with engine.begin() as connection:
+        connection.execute(sa.update(tables.pending).where(tables.pending.c.sequence == 3).values(state=State.DISCARDED.value))
+    stage.relay.pump.abandon()  # it was loaded already: only then would it go out, as one that was about to
+    stage.broker.script = lambda _: Outcome.CONFIRMED
+    stage.broker.answer(stage.broker.flying[0])
+    stage.until(lambda: stage.states() == ["discarded"])
+    assert stage.sequences("a") == [1, 2]
+
+
+def test_once_and_drain_say_that_another_relay_has_the_shards(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    first = Stage(engine)
+    first.turn()
+    broker = FakeBroker()
+    second = Relay(settings(lease_seconds=1.0, confirm_timeout_seconds=0.5), engine, broker, Mode.DRAIN, patience_seconds=0.5)
+    assert second.run() == 75
+    assert f"relay {first.relay.id} has the shards" in caplog.text
