@@ -12,7 +12,7 @@ from outbox.cli.findings import Finding, Verdict
 from outbox.cli.parked import parked
 from outbox.cli.processes import prepare_process
 from outbox.cli.repairs import confirm
-from outbox.errors import ConfigurationError
+from outbox.errors import ConfigurationError, OutboxError
 
 if TYPE_CHECKING:
     from outbox.consumer import queues
@@ -98,19 +98,26 @@ def status(names: tuple[str, ...], as_json: bool) -> None:
     wanted = names or tuple(services.all_names())
     if not wanted:
         raise ConfigurationError("there is no service in ./consumers; name one: outbox consumer status shop.mail:service")
-    found = []
+    found, missing = [], []
     for name in wanted:
         service = services.find(name)
-        with services.opened(here, service, name) as engine:
-            found.append(operate.status(engine, service))
+        try:
+            with services.opened(here, service, name) as engine:
+                found.append(operate.status(engine, service))
+        except OutboxError as error:
+            if names:
+                raise
+            missing.append(str(error))  # one service that was never migrated must not hide the others
     if as_json:
         rows = [dataclasses.asdict(item) for item in found]
         text.say_json(rows[0] if len(names) == 1 else rows)
-        return
-    head = ("SERVICE", "STATE", "APPLIED", "DUPLICATES", "LATE", "GAPS", "PARKED", "HELD KEYS", "LAG")
-    text.say(text.table(head, [_cells(item) for item in found], right=head[2:]))
-    for item in found:
-        _advise(item)
+    elif found:
+        head = ("SERVICE", "STATE", "APPLIED", "DUPLICATES", "LATE", "GAPS", "PARKED", "HELD KEYS", "LAG")
+        text.say(text.table(head, [_cells(item) for item in found], right=head[2:]))
+        for item in found:
+            _advise(item)
+    if missing:
+        raise OutboxError("\n".join(missing))
 
 
 def _cells(item: Status) -> tuple[str, ...]:

@@ -13,10 +13,12 @@ from uuid import UUID
 import click
 
 from outbox.cli import context, text
+from outbox.errors import Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from outbox.cli.context import Context
     from outbox.store.operate import Detail, Entry
 
 _STATES = ("pending", "retrying", "unroutable", "dead", "discarded", "published")
@@ -202,12 +204,14 @@ class Follower:
         self.floor = floor
         self._readings: deque[set[int]] = deque([set()] * patience, maxlen=patience)
 
-    def new(self, rows: list[int]) -> list[int]:
+    def unseen(self, rows: list[int]) -> list[int]:
         """Return those of *rows* (all above the floor) that no earlier reading held."""
-        fresh = [row for row in rows if not any(row in reading for reading in self._readings)]
+        return [row for row in rows if not any(row in reading for reading in self._readings)]
+
+    def seen(self, rows: list[int]) -> None:
+        """One more reading, in which *rows* were new."""
         self.floor = max(self.floor, *self._readings[0], 0)
-        self._readings.append(set(fresh))
-        return fresh
+        self._readings.append(set(rows))
 
 
 @click.command()
@@ -222,18 +226,29 @@ def tail(topic: str | None, as_json: bool) -> None:
     with here.reading() as connection:
         # A little back, and marked as read: transactions that are open now have drawn their numbers already.
         follower = Follower(max(0, operate.newest_row(connection) - 1000), patience=_PATIENCE)
-        follower.new(operate.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS))
+        follower.seen(operate.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS))
     pause = threading.Event()
     try:
         while True:
-            with here.reading() as connection:
-                rows = operate.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS)
-                entries = operate.by_rows(connection, follower.new(rows))
-            for entry in entries:
+            for entry in _look(here, follower, topic):
                 text.say_json(as_dict(entry), line=True) if as_json else text.say(_tail_line(entry))
             pause.wait(_POLL_SECONDS)
     except KeyboardInterrupt:
         return  # the way out of a command that has no end
+
+
+def _look(here: Context, follower: Follower, topic: str | None) -> list[Entry]:
+    from outbox.store import operate
+
+    try:
+        with here.reading() as connection:
+            rows = follower.unseen(operate.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS))
+            entries = operate.by_rows(connection, rows)
+        follower.seen(rows)
+        return entries
+    except Unavailable as error:  # it goes on when the database is back
+        text.say(text.dim(str(error)), error=True)
+        return []
 
 
 def _tail_line(entry: Entry) -> str:

@@ -10,6 +10,7 @@ import click
 
 from outbox.cli import context, text
 from outbox.cli.failures import THRESHOLD
+from outbox.errors import Unavailable
 
 if TYPE_CHECKING:
     from outbox.cli.context import Context
@@ -56,11 +57,16 @@ def _watch(here: Context, as_json: bool, interval: float) -> None:
     terminal = sys.stdout.isatty()
     try:
         while True:
-            found = _read(here)
-            if as_json:
-                text.say_json(as_dict(found), line=True)
+            try:
+                found = _read(here)
+            except Unavailable as error:  # whoever watches wants to see it come back
+                text.say((_CLEAR if terminal else "") + str(error), error=True)
             else:
-                text.say((_CLEAR if terminal else "") + as_text(found, str(here.place)) + ("" if terminal else "\n"))
+                page = as_text(found, str(here.place))
+                if as_json:
+                    text.say_json(as_dict(found), line=True)
+                else:
+                    text.say(_CLEAR + page if terminal else page + "\n")
             pause.wait(interval)
     except KeyboardInterrupt:
         return  # the way out of a command that has no end

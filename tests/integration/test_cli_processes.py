@@ -24,13 +24,14 @@ from tests.kit.processes import environment, run
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from click.testing import Result
     from sqlalchemy.engine import Engine
 
     from outbox.message import Message
     from tests.conftest import Spawn
+    from tests.kit.servers import PostgresServer
 
 _SERVICE = """
 from outbox.consumer import Service
@@ -45,15 +46,21 @@ def rebuild(message, db_session, /, *, id, **extra):
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with a service, and without settings of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    for name in ("shop", "shopapp"):  # modules of an earlier test's folder
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in _modules_of_the_folder():  # those of the checkout come back
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(logging.getLogger(), "handlers", logging.getLogger().handlers[:])  # the relay sets its own
     (tmp_path / "shop.py").write_text(_SERVICE)
-    return tmp_path
+    yield tmp_path
+    for name in _modules_of_the_folder():
+        del sys.modules[name]
+
+
+def _modules_of_the_folder() -> list[str]:
+    return [name for name in sys.modules if name.partition(".")[0] in ("shop", "shopapp", "consumers")]
 
 
 @pytest.fixture
@@ -121,6 +128,26 @@ def test_status_watch_looks_again_and_again(spawn: Spawn, env: dict[str, str], e
     assert process.wait() == 0
     lines = process.output.splitlines()
     assert all(isinstance(json.loads(line), dict) for line in lines)
+
+
+def test_whoever_watches_sees_the_database_go_and_come_back(
+    spawn: Spawn, folder: Path, private_postgres: Callable[[], PostgresServer]
+) -> None:
+    server = private_postgres()
+    env = {"DATABASE_URL": server.url, "PGCONNECT_TIMEOUT": "5"}
+    Commands(env).fine("migrate")
+    status = spawn("outbox", "status", "--json", "--watch", "--interval", "100ms", env=env, cwd=folder)
+    tail = spawn("outbox", "tail", env=env, cwd=folder)
+    status.wait_for_line('"pending": 0')
+    server.stop()
+    for process in (status, tail):
+        process.wait_for_line("start the database or correct the URL")
+    server.start()
+    engine = database.create_engine(server.url)
+    (id_,) = _put(engine, builders.message())
+    engine.dispose()
+    status.wait_for_line('"pending": 1')
+    tail.wait_for_line(id_)
 
 
 def test_a_pipe_that_closes_early_is_no_failure_to_talk_about(env: dict[str, str], engine: Engine, folder: Path) -> None:
@@ -213,6 +240,33 @@ def test_a_service_whose_tables_are_not_there_says_what_to_type(outbox: Commands
     assert outbox.fine("consumer", "migrate", "shop:service").endswith(f"{folder}/exports.db\n")
     assert outbox.json("consumer", "status", "shop:service")["applied_total"] == 0
     assert "! service 'exports' is not running" in outbox.fine("consumer", "status", "shop:service")
+
+
+def test_a_service_that_was_never_migrated_does_not_hide_the_others(outbox: Commands, folder: Path) -> None:
+    for name in ("exports", "mails"):
+        (folder / "consumers" / name).mkdir(parents=True)
+        (folder / "consumers" / name / "__init__.py").write_text(_SERVICE.replace("exports", name))
+    (folder / "consumers" / "__init__.py").touch()
+    outbox.fine("consumer", "migrate", "exports")
+    result = outbox("consumer", "status")
+    assert result.exit_code == 1
+    assert "exports  stopped" in result.stdout
+    assert "run: outbox consumer migrate mails" in result.stderr
+    assert [row["service"] for row in json.loads(outbox("consumer", "status", "--json").stdout)] == ["exports"]
+
+
+def test_a_services_queues_are_shown_made_checked_and_taken_away(outbox: Commands) -> None:
+    topology = ("consumer", "topology", "shop:service")
+    assert [row["name"] for row in outbox.json(*topology)] == ["outbox.exports", "outbox.exports.dead"]
+    outbox.fine(*topology, "--apply")
+    checked = outbox.fine(*topology, "--check")
+    assert "OK       queue  'outbox.exports' is bound to session.modified" in checked.splitlines()
+    assert "exclude each other" in outbox.refused(*topology, "--apply", "--check", code=2)
+    assert "nothing was changed" in outbox.refused("consumer", "retire", "shop:service", input="")
+    gone = outbox.fine("consumer", "retire", "shop:service", "--yes")
+    assert gone.splitlines() == ["Deleted queue 'outbox.exports'.", "Deleted queue 'outbox.exports.dead'."]
+    assert outbox(*topology, "--check").exit_code == 1
+    assert outbox.fine("consumer", "retire", "shop:service", "--yes") == "Service 'exports' has no queues.\n"
 
 
 def test_the_doctor_says_a_failure_once(env: dict[str, str], folder: Path) -> None:
