@@ -66,6 +66,7 @@ def _create(config: Mapping[str, Any]) -> Flask:
         app.cli.add_command(command)
     if _is_embedded(settings):
         migrations.upgrade(engine)
+        engine.dispose()  # a server that forks after this must not share a connection among its children
     return app
 
 

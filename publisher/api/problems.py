@@ -86,8 +86,6 @@ def _of_problem(problem: Problem) -> Response:
 def _of_http(error: HTTPException) -> Response:
     status = error.code or 500
     headers = {name: value for name, value in error.get_headers() if name.lower() not in ("content-type", "content-length")}
-    if error.response is not None:  # a redirect of the router, say
-        return Response(status=error.response.status_code, headers=error.response.headers)
     return answer(status, {"type": "about:blank", "title": error.name, "detail": error.description}, headers)
 
 

@@ -127,6 +127,24 @@ def test_a_mistake_of_this_program_is_told_without_its_inside(sqlite_url: str, c
     assert "the inside" in caplog.text
 
 
+def test_a_mistake_in_a_statement_is_no_outage_and_leaks_nothing(sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    app = application(sqlite_url)
+
+    @app.get("/mistake")
+    def mistake() -> str:
+        with changing() as db:
+            event = {"name": "payload", "starts_at": None}
+            db.execute(sa.text("INSERT INTO events (name, starts_at) VALUES (:name, :starts_at)"), event)
+        return ""
+
+    answer = app.test_client().get("/mistake")
+
+    assert (answer.status_code, answer.content_type) == (500, "application/problem+json")
+    assert "IntegrityError" in caplog.text
+    assert "payload" not in caplog.text
+    database.of(app).engine.dispose()
+
+
 def test_a_change_that_can_not_be_told_is_not_made(api: Api, sent: list[Message]) -> None:
     event = api.event()
     with api.app.app_context(), changing() as db:
