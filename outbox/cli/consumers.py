@@ -61,7 +61,10 @@ def run(ctx: click.Context, name: str, drain: bool, http_port: str | None) -> No
 @consumer.command()
 @click.argument("name")
 def migrate(name: str) -> None:
-    """Create or upgrade inbox and parking, and create the service's own tables, in the service's database."""
+    """Create or upgrade the tables of a service.
+
+    Inbox, parking and the service's own, in the service's database.
+    """
     from outbox.cli import services
     from outbox.consumer import operate
 
@@ -86,7 +89,7 @@ def migrate(name: str) -> None:
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @_json
 def status(names: tuple[str, ...], as_json: bool) -> None:
-    """Show what services have applied, what is parked, and how far behind they are.
+    """Show what services applied, and what is parked.
 
     Without a name: all services of the package `consumers` here. --json is one object for one name, else a list.
     """
@@ -147,7 +150,7 @@ def _advise(item: Status) -> None:
 @_json
 @click.pass_context
 def topology(ctx: click.Context, name: str, apply_: bool, check: bool, as_json: bool) -> None:
-    """Show, declare or check the queues and bindings that a service needs."""
+    """Show, declare or check the queues of a service."""
     if apply_ and check:
         raise click.UsageError("--apply and --check exclude each other")
     from outbox.cli import services
@@ -189,7 +192,10 @@ def _finding(item: queues.Finding) -> Finding:
 @click.option("--force", is_flag=True, help="Also when messages are waiting in the queues: they are lost to this service.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def retire(name: str, force: bool, yes: bool) -> None:
-    """Delete the queues of a service for good: from now on nothing is kept for it. Its tables stay."""
+    """Delete the queues of a service for good.
+
+    From now on nothing is kept for it. Its tables stay.
+    """
     from outbox.cli import services
     from outbox.consumer import queues
 

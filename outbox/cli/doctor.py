@@ -33,7 +33,10 @@ _SKEW_SECONDS = 1.0
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Try settings, database, broker, topology and relay; exit 1 when something fails."""
+    """Try everything, and say what does not work.
+
+    Settings, database, tables, relay, broker, topology and (under flask) signals; exit 1 when something fails.
+    """
     found = []
     for item in examine():
         found.append(item)

@@ -105,7 +105,10 @@ def _cells(entry: Entry) -> tuple[str, ...]:
 @click.argument("id_", metavar="ID", type=message_id)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def show(id_: UUID, as_json: bool) -> None:
-    """Show one message: body, headers, attempts, errors, when it was published and by whom."""
+    """Show one message and what became of it.
+
+    Its body, headers, attempts and errors, what it waits for, when it was published and by whom.
+    """
     from outbox.store import operate
 
     here = context.current()

@@ -45,7 +45,10 @@ _yes = click.option("--yes", is_flag=True, help="Do not ask.")
 
 @click.group()
 def parked() -> None:
-    """Messages that a service gave up on. Later messages of their keys wait behind them."""
+    """Messages that a service gave up on.
+
+    They are kept with their bytes until a person decides; later messages of their keys wait behind them.
+    """
 
 
 @parked.command(name="list")
@@ -108,7 +111,10 @@ def show(name: str, id_: str, as_json: bool) -> None:
 def requeue(
     name: str, ids: tuple[str, ...], all_: bool, reason: str | None, topic: str | None, key: str | None, yes: bool
 ) -> None:
-    """Let the running service replay parked messages; what waits behind them follows."""
+    """Let the service try parked messages again.
+
+    What waits behind them follows.
+    """
     from outbox.consumer import operate
 
     def act(engine: Engine, service: Service, chosen: Sequence[str]) -> list[str]:
@@ -130,7 +136,10 @@ def requeue(
 def discard(
     name: str, ids: tuple[str, ...], all_: bool, reason: str | None, topic: str | None, key: str | None, why: str, yes: bool
 ) -> None:
-    """Never apply parked messages, and let what waits behind them go on."""
+    """Never apply parked messages.
+
+    What waits behind them goes on.
+    """
     from outbox.consumer import operate
 
     if not why.strip():

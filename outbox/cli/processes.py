@@ -38,9 +38,9 @@ def migrate(sql: bool) -> None:
 @click.option("--http-port", metavar="PORT", help="Serve /livez, /readyz and /metrics on this port (or HOST:PORT).")
 @click.pass_context
 def relay(ctx: click.Context, once: bool, drain: bool, http_port: str | None) -> None:
-    """Publish committed messages to the broker, in order within each key.
+    """Publish committed messages to the broker.
 
-    Runs until SIGTERM or Ctrl-C, which let it settle what is in flight; a second one ends it at once.
+    In order within each key. Runs until SIGTERM or Ctrl-C, which let it settle what is in flight; a second one ends it at once.
     """
     if once and drain:
         raise click.UsageError("--once and --drain exclude each other")

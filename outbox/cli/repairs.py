@@ -58,9 +58,9 @@ class _Order:
 @_key
 @_yes
 def requeue(ids: tuple[UUID, ...], state: str | None, topic: str | None, key: str | None, yes: bool) -> None:
-    """Let the relay send dead or unroutable messages now, their attempts counted anew.
+    """Let dead or unroutable messages be sent again.
 
-    They keep their place: later messages of their key go out after them.
+    The relay tries them now, their attempts counted anew. They keep their place: later messages of their key go out after them.
     """
     from outbox.store import operate
 
@@ -79,9 +79,9 @@ def requeue(ids: tuple[UUID, ...], state: str | None, topic: str | None, key: st
 @click.option("--reason", required=True, help="Why; kept with the message.")
 @_yes
 def discard(ids: tuple[UUID, ...], state: str | None, topic: str | None, key: str | None, reason: str, yes: bool) -> None:
-    """Never send dead or unroutable messages, and let the later ones of their key go.
+    """Never send dead or unroutable messages.
 
-    They stay in the tables: `outbox list --state discarded`.
+    Later messages of their keys go on without them. They stay in the tables: `outbox list --state discarded`.
     """
     from outbox.store import operate
 

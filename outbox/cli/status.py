@@ -228,4 +228,4 @@ def _broker_line(found: Overview) -> list[str]:
     if speaker.broker_connected and speaker.broker_blocked:
         word, colour = "blocked", "yellow"
     detail = f"  {speaker.broker_detail}" if speaker.broker_detail else ""
-    return [f"  {'broker':<11}{click.style(word, fg=colour)}{text.dim(detail)}"]
+    return [f"  {'broker':<11}{click.style(word, fg=colour)}{text.dim(detail) if detail else ''}"]

@@ -391,6 +391,11 @@ def test_help_names_every_command_and_every_command_has_help() -> None:
         assert outbox.fine(name, "--help").startswith(f"Usage: outbox {name}")
 
 
+@pytest.mark.parametrize("group", [[], ["topology"], ["consumer"], ["consumer", "parked"]])
+def test_no_line_of_help_is_cut_short(group: list[str]) -> None:
+    assert "..." not in Commands({}).fine(*group, "--help").partition("Commands:")[2]
+
+
 def test_an_unknown_command_is_wrong_usage() -> None:
     assert "No such command 'nope'" in Commands({}).refused("nope", code=2)
 
