@@ -114,7 +114,7 @@ class World:
     @contextmanager
     def engine(self, name: str = "DATABASE_URL") -> Iterator[sa.Engine]:
         """An engine for ordinary SQL on the outbox's database, or with CONSUMER_DATABASE_URL on the recorder's."""
-        engine = create_engine(self.env[name])
+        engine = create_engine(self.env[name].replace("{service}", recorder.service.name))
         try:
             yield engine
         finally:
