@@ -42,7 +42,7 @@ OK, TRY_LATER = 0, 75
 _TURN_SECONDS = 0.25
 _HEARTBEAT_SECONDS = 1.0
 #: A census looks at every pending row: at most this often, and at most about a fiftieth of the time.
-_CENSUS_SECONDS, _CENSUS_SPACING = 5.0, 50.0
+_CENSUS_SECONDS, _CENSUS_SPACING = 2.0, 50.0
 _FORGET_SECONDS = 3600.0
 #: A loop that has not turned for this long, though no database made it wait, hangs.
 _LIVE_SECONDS = 30.0
@@ -67,7 +67,7 @@ def run(settings: Settings, *, once: bool = False, drain: bool = False) -> int:
     engine = open_database(settings.database_url or "")
     try:
         relay = Relay(settings, engine, open_broker(settings), mode)
-        with _signals(relay.stop):
+        with signals(relay.stop):
             return relay.run()
     finally:
         engine.dispose()
@@ -86,7 +86,7 @@ def open_database(url: str) -> Engine:
 
 
 @contextlib.contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
+def signals(stop: Callable[[], None]) -> Iterator[None]:
     """Let the first SIGTERM or SIGINT call *stop* and the second end the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

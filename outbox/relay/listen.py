@@ -62,8 +62,8 @@ class Listener:
     def _listen(self) -> None:
         self._heard = False
         pooled = self._engine.raw_connection()
-        pooled.detach()  # it is this thread's alone, and stays open while the pool's come and go
         connection: Any = pooled.driver_connection
+        pooled.detach()  # it is this thread's alone, and stays open while the pool's come and go
         try:
             connection.autocommit = True
             connection.execute(f"LISTEN {CHANNEL}")
