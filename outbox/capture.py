@@ -157,5 +157,5 @@ _classes: dict[type[Signal], type[Signal]] = {}
 
 def _captured(cls: type[Signal]) -> type[Signal]:
     if cls not in _classes:
-        _classes[cls] = type(cls.__name__, (_CapturedSignal, cls), {"__doc__": cls.__doc__})
+        _classes[cls] = type(cls.__name__, (_CapturedSignal, cls), {"__doc__": cls.__doc__, "__module__": cls.__module__})
     return _classes[cls]

@@ -15,6 +15,7 @@ from outbox.errors import ConfigurationError
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine, ExceptionContext
     from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
 
 _PREPARED = "outbox_prepared"
 #: A failed-over primary answers reads and refuses writes: the connection must go, or the pool keeps offering it.
@@ -46,9 +47,10 @@ def prepare(engine: Engine) -> Engine:
         return engine
     engine.update_execution_options(**{_PREPARED: True})
     if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _configure_sqlite)
+        # At checkout, not at connect: connections that were made before are configured, too, and none has to be closed
+        # (a database in memory is its connection).
+        event.listen(engine, "checkout", _configure_once)
         event.listen(engine, "begin", _begin_immediate)
-        _reconfigure(engine)
     else:
         event.listen(engine, "handle_error", _drop_demoted_primary)
     return engine
@@ -68,17 +70,18 @@ def autocommitting(engine: Engine) -> Engine:
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def _reconfigure(engine: Engine) -> None:
-    """Give connections that were made before what new ones get."""
-    if engine.url.database not in (None, "", ":memory:"):
-        engine.dispose()
-        return
-    raw = engine.raw_connection()  # the database in memory is that connection: closed, it would be gone
-    try:
-        if raw.dbapi_connection is not None:
-            _configure_sqlite(raw.dbapi_connection, None)
-    finally:
-        raw.close()
+def begins_by_itself(connection: Connection) -> bool:
+    """Say whether an SQLite engine that `prepare` has not seen sends BEGIN all the same: its owner took care of it."""
+    driver: Any = connection.connection.driver_connection
+    follows_the_recipe = driver.isolation_level is None and bool(connection.engine.dispatch.begin)
+    return follows_the_recipe or getattr(driver, "autocommit", None) is False  # Python 3.12's own answer
+
+
+def begin_now(connection: Connection) -> None:
+    """Send the BEGIN that an SQLite engine not prepared has put off: a savepoint made later is inside the transaction."""
+    driver: Any = connection.connection.driver_connection
+    if not driver.in_transaction:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def is_prepared(engine: Engine) -> bool:
@@ -86,7 +89,15 @@ def is_prepared(engine: Engine) -> bool:
     return bool(engine.get_execution_options().get(_PREPARED))
 
 
-def _configure_sqlite(connection: DBAPIConnection, _record: object) -> None:
+def _configure_once(connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: object) -> None:
+    driver: Any = record.driver_connection
+    if _PREPARED in record.info or driver.in_transaction:  # shared by threads, it may be in use: next time
+        return
+    _configure_sqlite(connection)
+    record.info[_PREPARED] = True
+
+
+def _configure_sqlite(connection: DBAPIConnection) -> None:
     # The driver's legacy mode sends BEGIN only before DML, so a SAVEPOINT before it would be outside any transaction and
     # survive a rollback. With isolation_level None it sends none, and `_begin_immediate` does.
     connection.isolation_level = None
@@ -100,6 +111,9 @@ def _configure_sqlite(connection: DBAPIConnection, _record: object) -> None:
 
 
 def _begin_immediate(connection: Connection) -> None:
+    driver: Any = connection.connection.driver_connection
+    if driver.in_transaction:  # the application has a listener of its own that begins
+        return
     # A deferred transaction that reads and then writes fails at once with SQLITE_BUSY_SNAPSHOT, whatever the timeout.
     mode = "DEFERRED" if connection.get_execution_options().get("outbox_read_only") else "IMMEDIATE"
     connection.exec_driver_sql(f"BEGIN {mode}")

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -25,21 +24,22 @@ from uuid import UUID
 
 from sqlalchemy.engine import Connection, Engine
 
-from outbox import database, failpoints, holding, message, sessions, settings, trace
+from outbox import database, failpoints, fates, holding, message, sessions, settings, trace
 from outbox.capture import Capture, captures, connect
 from outbox.errors import CaptureError, ConfigurationError, InvalidMessage
+from outbox.fates import Sent
 from outbox.message import JSON, Message
 from outbox.settings import Settings
-from outbox.store.write import Held
 
 if TYPE_CHECKING:
     from blinker import Signal
     from flask import Flask
-    from sqlalchemy.orm import Session
 
     from outbox.sessions import Source
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+#: Where an application context keeps its `fates.Context`.
+_CONTEXT = "_outbox_context"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,12 @@ class Outbox:
     """Captures signals into the outbox tables, in the transaction of whoever sends them.
 
     With Flask: `Outbox()` and `init_app(app)`; the session is Flask-SQLAlchemy's or -Lite's unless *session* says
-    otherwise. Without: `Outbox(session=…, source="/shop")`, where *session* is a Session, a scoped_session, or a function
-    that returns the current session (an AsyncSession too). *engine* is needed only where one session uses several.
+    otherwise. Without: `Outbox(session=…, source="/shop")`, where *session* is a Session, a scoped_session, a sessionmaker, or
+    a function that returns the current session (an AsyncSession too). A signal whose sender is a session, or an object of
+    one, belongs to that session. *engine* is needed only where one session uses several.
     Other arguments are settings, by their lower-case names without prefix: `Outbox(max_body="64KiB")`.
 
+    A SQLite engine that can be found here or in `init_app` is given to `outbox.database.prepare`.
     Raises ConfigurationError for a setting that is none or can't be.
     """
 
@@ -74,14 +76,12 @@ class Outbox:
         self, app: Flask | None = None, *, session: Source | None = None, engine: Engine | None = None, **options: object
     ) -> None:
         self._arguments = {_setting_name(name): value for name, value in options.items()}
-        self._session = session
+        self._session = None if session is None else sessions.source(session)
         self._engine = engine
         self._captures: list[tuple[Signal, Capture]] = []
+        self._recorders: list[list[Message]] = []
         self._standalone: State | None = None
-        if session is not None:
-            sessions.check(session)
-        if engine is not None:
-            database.prepare(engine)
+        _prepare(engine or sessions.engine_of(self._session))
         if app is not None:
             self.init_app(app)
 
@@ -92,19 +92,19 @@ class Outbox:
 
         Raises ConfigurationError with all that is wrong, before anything is sent.
         """
-        source = session or self._session or _FlaskSession(app)
-        sessions.check(source)
+        if "outbox" in app.extensions:
+            raise ConfigurationError(f"app {app.name!r} has an outbox already; call init_app once for each app")
+        source = self._session or _FlaskSession(app) if session is None else sessions.source(session)
         loaded = settings.load(self._arguments, config=app.config, environ=os.environ)
         if loaded.source is None:
             loaded = settings.override(loaded, {"OUTBOX_SOURCE": f"/{app.name}"})
-        found = engine or self._engine
-        if found is not None:
-            database.prepare(found)
-        find_engine = _FlaskEngine(app, source) if found is None else lambda: found
+        known = engine or self._engine or sessions.engine_of(source)
+        find_engine = _FlaskEngine(app, source, loaded) if known is None else lambda: known
         app.extensions["outbox"] = State(self, loaded, source, find_engine)
-        _prepare_flask_engine(app)
+        _prepare(known)
+        _prepare_flask_engines(app)
         app.cli.add_command(import_module("outbox.cli").group)
-        app.teardown_appcontext(partial(_warn_of_uncommitted, source))
+        app.teardown_appcontext(_end_context)
 
     def capture(self, signal: Signal, *, topic: str, key: str | None = None, unheard: str = "hold") -> None:
         """From now on hold a message for *topic* each time *signal* is sent; again with the same changes nothing.
@@ -156,65 +156,92 @@ class Outbox:
         """
         target = sessions.connection_of(session)
         state = self._state(None)
+        by = "outbox.send()"
         if isinstance(target, Connection):
-            built = _build(state.settings, topic, data, key, headers, content_type)
-            holding.hold_on_connection(target, Held(built, unheard))
-            return built.id
-        db_session = sessions.current(target if target is not None else state.session)
-        with _dooming(db_session):
-            built = _build(state.settings, topic, data, key, headers, content_type)
-            holding.hold(db_session, self._engine, Held(built, unheard))
-        return built.id
+            sent = self._sent(state, _build(state.settings, topic, data, key, headers, content_type), unheard, by)
+            holding.hold_on_connection(target, sent)
+        else:
+            db_session = sessions.current(state.session if target is None else target)
+            with holding.dooming(db_session, by):
+                sent = self._sent(state, _build(state.settings, topic, data, key, headers, content_type), unheard, by)
+                holding.hold(db_session, self._engine, sent)
+        self._record(sent)
+        return sent.message.id
 
     @contextmanager
     def record(self) -> Iterator[list[Message]]:
-        """For tests: collect the messages whose transactions commit inside the block, in order of commit.
+        """For tests: a list of the messages that this outbox is sent inside the block, by any thread, in order of sending.
 
-        Rows are written as always. What is rolled back, or still open, is not in the list; a message sent on a Core
-        connection is in it as soon as it is written.
+        A message is in it from its `send()` on and leaves it when its transaction or savepoint is rolled back or its session
+        is closed without commit, also after the block: in the end the list holds what committed. What is refused is never in
+        it. Rows are written as always.
         """
-        with holding.recording() as messages:
+        messages: list[Message] = []
+        self._recorders.append(messages)
+        try:
             yield messages
+        finally:
+            # By identity: two lists that hold the same messages are equal, and the other one may be still in use.
+            self._recorders[:] = [recorder for recorder in self._recorders if recorder is not messages]
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _hold(self, capture: Capture, sender: object, data: dict[str, object]) -> UUID | None:
+        own = sessions.of_sender(sender)
         state = self._state(sender)
         if state.outbox is not self:
             return None  # the app that sends has another outbox, and that one captures
         failpoints.reached("C1")
-        db_session = sessions.current(state.session)
-        with _dooming(db_session):
+        db_session = own or sessions.current(state.session)
+        by = f"signal {capture.signal_name!r}"
+        with holding.dooming(db_session, by):
             key = None if capture.key is None else capture.key.fill(data)
             built = _build(state.settings, capture.topic, data, key, _NO_HEADERS, JSON)
-            holding.hold(db_session, self._engine, Held(built, capture.unheard))
+            sent = self._sent(state, built, capture.unheard, by)
+            holding.hold(db_session, self._engine, sent)
+        self._record(sent)
         return built.id
+
+    def _sent(self, state: State, built: Message, unheard: str, by: str) -> Sent:
+        return Sent(message=built, unheard=unheard, by=by, recorders=tuple(self._recorders), context=_context_of(state))
+
+    def _record(self, sent: Sent) -> None:
+        for recorder in sent.recorders:
+            recorder.append(sent.message)
 
     def _state(self, sender: object) -> State:
         """Return the state of the app that *sender* is, else of the current app, else of this outbox without Flask."""
         app = _app_of(sender)
         if app is not None:
             state: State | None = app.extensions.get("outbox")
-            if state is None:
+            if state is not None:
+                return state
+            if self._session is None:
                 raise CaptureError(f"app {app.name!r} has no outbox; call outbox.init_app(app) in its factory")
-            return state
         if self._standalone is None:
-            if not self._arguments and self._session is None:
-                raise CaptureError(
-                    "no session can be found for it: it was sent outside an application context; send it inside "
-                    "`with app.app_context():`, or make the outbox with Outbox(session=…)"
-                )
             self._standalone = self._without_flask()
         return self._standalone
 
     def _without_flask(self) -> State:
         loaded = settings.load(self._arguments, environ=os.environ)
-        loaded.require("OUTBOX_SOURCE")
+        if loaded.source is None:
+            raise ConfigurationError(
+                "OUTBOX_SOURCE is not set: which application says it; make the outbox with Outbox(source='/shop'), or send "
+                "inside `with app.app_context():`"
+            )
         return State(self, loaded, self._session or _no_session, lambda: _known(self._engine))
 
 
+def _prepare(engine: Engine | None) -> None:
+    if engine is not None:
+        database.prepare(engine)
+
+
 def _no_session() -> Any:
-    raise CaptureError("no session is known; give session= to send(), or make the outbox with Outbox(session=…)")
+    raise CaptureError(
+        "no session can be found for it; send inside `with app.app_context():`, make the outbox with Outbox(session=…), or say "
+        "which: signal.send(session, …), outbox.send(…, session=session)"
+    )
 
 
 def _known(engine: Engine | None) -> Engine:
@@ -242,16 +269,6 @@ def _build(given: Settings, topic: str, data: Any, key: str | None, headers: Map
         headers=MappingProxyType({**trace.headers(), **headers}),
         created_at=datetime.now(UTC),
     )
-
-
-@contextmanager
-def _dooming(db_session: Session) -> Iterator[None]:
-    """Whatever goes wrong inside, the transaction must not commit without the message."""
-    try:
-        yield
-    except Exception as error:
-        holding.doom(db_session, str(error))
-        raise
 
 
 def _setting_name(argument: str) -> str:
@@ -283,11 +300,18 @@ class _FlaskSession:
     app: Flask
 
     def __call__(self) -> Any:
+        # Their session is that of the current context, whichever app is asked for.
+        current = _app_of(None)
+        if current is not self.app:
+            where = "outside an application context" if current is None else f"in the context of app {current.name!r}"
+            raise CaptureError(f"it was sent for app {self.app.name!r} {where}; send it inside `with app.app_context():`")
         extension = self.app.extensions.get("sqlalchemy")
         if extension is None or not hasattr(extension, "session"):
             raise CaptureError(
                 f"app {self.app.name!r} has no Flask-SQLAlchemy; say where its sessions are: outbox.init_app(app, session=…)"
             )
+        if not extension.engines and getattr(extension, "async_engines", None):
+            return extension.async_session
         return extension.session
 
 
@@ -297,27 +321,51 @@ class _FlaskEngine:
 
     app: Flask
     source: Source
+    settings: Settings
 
     def __call__(self) -> Engine:
-        extension = self.app.extensions.get("sqlalchemy")
         with self.app.app_context():
-            if extension is not None and hasattr(extension, "engine"):
-                return extension.engine  # type: ignore[no-any-return]
-            return sessions.current(self.source).get_bind().engine
+            extension = self.app.extensions.get("sqlalchemy")
+            found = next(iter(_default_engines(extension)), None) or sessions.current(self.source).get_bind().engine
+        if not found.dialect.is_async:
+            return found
+        if self.settings.database_url is None:
+            raise ConfigurationError(
+                f"app {self.app.name!r} uses {found.dialect.driver}, which commands can't; set DATABASE_URL to the same "
+                "database with another driver, such as postgresql+psycopg://"
+            )
+        return database.create_engine(self.settings.database_url)
 
 
-def _prepare_flask_engine(app: Flask) -> None:
-    """Prepare the engine where it exists already; one that is made later is checked when it is used."""
+def _default_engines(extension: Any) -> Iterator[Engine]:
+    """Give the default engine of Flask-SQLAlchemy, or those of Flask-SQLAlchemy-Lite: the asynchronous one last."""
+    for engines, default in (("engines", None), ("engines", "default"), ("async_engines", "default")):
+        found = getattr(extension, engines, {}).get(default)
+        if found is not None:
+            yield getattr(found, "sync_engine", found)
+
+
+def _prepare_flask_engines(app: Flask) -> None:
+    """Prepare the engines that exist already; one that is made later is checked when it is used."""
     extension = app.extensions.get("sqlalchemy")
-    if extension is not None and hasattr(extension, "engine"):
+    if extension is not None:
         with app.app_context():
-            database.prepare(extension.engine)
+            for engine in _default_engines(extension):
+                database.prepare(engine)
 
 
-def _warn_of_uncommitted(source: Source, error: BaseException | None) -> None:
+def _context_of(state: State) -> fates.Context | None:
+    """Return what follows the messages of the current application context, if that is the context of *state*'s app."""
+    flask = sys.modules.get("flask")
+    if flask is None or not flask.has_app_context() or flask.current_app.extensions.get("outbox") is not state:
+        return None
+    if _CONTEXT not in flask.g:
+        setattr(flask.g, _CONTEXT, fates.Context())
+    return flask.g.get(_CONTEXT)  # type: ignore[no-any-return]
+
+
+def _end_context(error: BaseException | None) -> None:
     """At the end of a request or command: messages in a transaction that nobody ended will never be sent."""
-    try:
-        db_session = sessions.current(source)
-    except (CaptureError, RuntimeError):  # no session was ever used here
-        return
-    holding.warn_of_uncommitted(db_session, failed=error is not None)
+    context: fates.Context | None = sys.modules["flask"].g.pop(_CONTEXT, None)
+    if context is not None:
+        context.end(failed=error is not None)

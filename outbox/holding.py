@@ -4,121 +4,134 @@ A held message belongs to the innermost savepoint, or else to the transaction. A
 its parent; what a transaction still holds when it ends is dropped. So a message shares the fate of the rows beside it, and
 no event of a rollback has to be interpreted (`after_soft_rollback` fires for the wrong transaction after a failed flush).
 
+Where the session does not decide alone (it was joined to a transaction on a connection, or somebody made a savepoint on the
+connection itself) a message is written at once: then the database gives it the fate of its neighbours.
+
 `before_commit` and `after_commit` also fire for the release of a savepoint.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
-import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Engine, NestedTransaction, TwoPhaseTransaction
+from sqlalchemy.exc import MissingGreenlet, SQLAlchemyError, UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction
 
-from outbox import database, failpoints, metrics
+from outbox import database, failpoints, fates, tables
 from outbox.errors import CaptureError
-from outbox.logs import say
-from outbox.message import Message
-from outbox.store.write import Held, write
+from outbox.fates import Sent, savepoints
+from outbox.store.write import write
 from outbox.wakeup import Throttle
 
-log = logging.getLogger(__name__)
-
-CAPTURED = metrics.counter("outbox_captured_total", "messages whose transaction committed", ["topic"])
-UNCOMMITTED = metrics.counter("outbox_uncommitted_total", "messages sent, but neither committed nor rolled back", ["topic"])
-
-_STATE = "outbox"
-_throttle = Throttle()
-#: The lists of the tests that are recording.
-_recorders: list[list[Message]] = []
+_WORK = "outbox"
+#: One for each database: a notification to one wakes nobody at the other.
+_throttles: WeakKeyDictionary[Engine, Throttle] = WeakKeyDictionary()
 
 
-@dataclass(slots=True)
-class _State:
-    """What one session holds."""
+@dataclass(slots=True, eq=False)
+class _Level:
+    """What belongs to one transaction or savepoint of a session."""
 
-    #: In the order of sending, by the transaction or savepoint that owns them.
-    held: dict[SessionTransaction, list[Held]] = field(default_factory=dict)
-    #: Transactions and savepoints in which a capture failed: they can only be rolled back.
-    doomed: dict[SessionTransaction, str] = field(default_factory=dict)
-    #: Written in the present transaction, to be counted at its commit.
-    written: list[Message] = field(default_factory=list)
-    #: The batch of the outermost transaction is written: what comes now is written at once.
-    late: bool = False
+    #: Waits for the outermost commit, in the order of sending.
+    held: list[Sent] = field(default_factory=list)
+    #: In the tables already.
+    written: list[Sent] = field(default_factory=list)
+    #: Why this can only be rolled back: a message is missing from it.
+    doomed: str | None = None
+    committed: bool = False
+    rolled_back: bool = False
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class _Work:
+    """What a session does from the begin to the end of its outermost transaction."""
+
+    levels: dict[SessionTransaction, _Level] = field(default_factory=dict)
+    #: Of savepoints that were closed, neither released nor rolled back: the outermost transaction's end says what that was.
+    closed: list[Sent] = field(default_factory=list)
     #: before_commit seen without its after_commit: commits that are under way, outermost first.
     committing: int = 0
-    #: Of the outbox, where the session has several; None: the session's own.
+    #: The batch of the outermost transaction is written: what comes now is written at once.
+    late: bool = False
+    flushing: bool = False
+    had_savepoint: bool = False
+    #: The outbox's, where the session alone does not say.
     engine: Engine | None = None
-    rolled_back: bool = False
-    committed: bool = False
-    warned: bool = False
     connections: WeakSet[Connection] = field(default_factory=WeakSet)
-    #: Savepoints of these connections that the session made, or found when it began.
-    known_savepoints: WeakSet[sa.NestedTransaction] = field(default_factory=WeakSet)
+    #: Savepoints on these connections that the session made itself.
+    savepoints: WeakSet[NestedTransaction] = field(default_factory=WeakSet)
+
+    def level(self, transaction: SessionTransaction) -> _Level:
+        found = self.levels.get(transaction)
+        if found is None:
+            found = self.levels[transaction] = _Level()
+        return found
+
+    def pending(self) -> list[Sent]:
+        return [sent for level in self.levels.values() if not level.committed for sent in (*level.held, *level.written)]
 
 
-def hold(session: Session, engine: Engine | None, held: Held) -> None:
-    """Keep *held* with the open transaction of *session*. Raises CaptureError where it could miss the commit."""
-    root = session.get_transaction()
-    if root is None:
-        raise CaptureError(
-            "no transaction is open on the session (nothing was done in it since it was made, committed or rolled back); "
-            "send before the commit, after the first query or flush, or inside `with session.begin():`"
-        )
-    state = _state_of(session)
-    if state.committed:
-        raise CaptureError("the transaction has committed already; send before the commit")
-    state.engine = engine or state.engine
-    _check_engine(state, (engine or session.get_bind()).engine, nested=session.in_nested_transaction())
-    if state.late or _in_foreign_savepoint(state):
-        _write(session, state, [held])
-        return
-    state.held.setdefault(session.get_nested_transaction() or root, []).append(held)
+def hold(session: Session, engine: Engine | None, sent: Sent) -> None:
+    """Keep *sent* with the open transaction of *session*; *engine* is the outbox's, None: where the session puts its tables.
+
+    Raises CaptureError where the message could miss the commit, or commit alone.
+    """
+    transaction = _open_transaction(session)
+    work = _work_of(session)
+    work.engine = engine or work.engine
+    bind = _bind(session, work)
+    if bind is not None:
+        _refuse_autocommit(bind)
+        _refuse_second_database(work, bind.engine)
+        _refuse_savepoint_without_begin(session, work, bind)
+    if isinstance(bind, Connection):
+        connection = _connection(session, work)
+        _write_now(connection, sent)
+        fates.follow(connection, sent)
+    elif (foreign := _connection_with_foreign_savepoint(work)) is not None:
+        _refuse_to_overtake(work, sent)
+        _write_now(foreign, sent)
+        fates.follow(foreign, sent)
+    else:
+        level = work.level(transaction)
+        if work.late and not transaction.nested:
+            _write_now(_connection(session, work), sent)
+            level.written.append(sent)
+        else:
+            level.held.append(sent)
+        if sent.context is not None:
+            sent.context.watch(work)
 
 
-def doom(session: Session, reason: str) -> None:
-    """Let the innermost transaction of *session* end only in a rollback: what was to be sent is missing from it."""
-    owner = session.get_nested_transaction() or session.get_transaction()
-    if owner is not None:
-        _state_of(session).doomed.setdefault(owner, reason)
-
-
-def hold_on_connection(connection: Connection, held: Held) -> None:
-    """Write *held* at once in the transaction that is open on *connection*."""
+def hold_on_connection(connection: Connection, sent: Sent) -> None:
+    """Write *sent* at once in the transaction that is open on *connection*; after an error that is rolled back."""
     if not connection.in_transaction():
         raise CaptureError("no transaction is open on the connection; send inside `with connection.begin():`")
-    _refuse_autocommit(connection)
-    _check_engine(_State(), connection.engine, nested=connection.in_nested_transaction())
-    write(connection, [held], notify=_throttle.due())
-    for recorder in _recorders:
-        recorder.append(held.message)
+    with _rolling_back(connection):
+        _refuse_autocommit(connection)
+        _secure_sqlite(connection, had_savepoint=connection.in_nested_transaction())
+        _write_now(connection, sent)
+    fates.follow(connection, sent)
 
 
 @contextmanager
-def recording() -> Iterator[list[Message]]:
-    """Collect the messages whose transactions commit inside the block."""
-    messages: list[Message] = []
-    _recorders.append(messages)
+def dooming(session: Session, by: str) -> Iterator[None]:
+    """After an error inside, the innermost transaction of *session* can only be rolled back: *by*'s message is missing."""
     try:
-        yield messages
-    finally:
-        # By identity: two lists that hold the same messages are equal, and the other one may be still in use.
-        _recorders[:] = [recorder for recorder in _recorders if recorder is not messages]
-
-
-def warn_of_uncommitted(session: Session, *, failed: bool) -> None:
-    """Say, once, which messages are in a transaction that nobody has ended; *failed*: an error ends it."""
-    state: _State | None = session.info.get(_STATE)
-    if state is not None and not state.warned and not state.committed:
-        state.warned = True
-        if not failed:
-            _report_uncommitted([*_all_held(state), *state.written])
+        yield
+    except Exception as error:
+        owner = session.get_nested_transaction() or session.get_transaction()
+        if owner is not None:
+            level = _work_of(session).level(owner)
+            level.doomed = level.doomed or f"{by}: {error}"
+        if isinstance(session.bind, Connection):
+            _roll_back(session.bind)  # its owner may commit without asking the session
+        raise
 
 
 # --- the life of a transaction ------------------------------------------------------------------------------------------
@@ -126,171 +139,257 @@ def warn_of_uncommitted(session: Session, *, failed: bool) -> None:
 
 @event.listens_for(Session, "after_begin")
 def _after_begin(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
-    state = _state_of(session)
-    state.connections.add(connection)
+    work = _work_of(session)
+    work.connections.add(connection)
     if savepoint := connection.get_nested_transaction():
-        state.known_savepoints.add(savepoint)
+        work.savepoints.add(savepoint)
 
 
 @event.listens_for(Session, "before_commit")
 def _before_commit(session: Session) -> None:
     # Made here if there is none: a flush inside this very commit may be the first to send.
-    state = _state_of(session)
-    state.committing += 1
-    nested = session.get_nested_transaction()
-    owner = nested or session.get_transaction()
-    if owner is not None and owner in state.doomed:
-        raise CaptureError(f"a message could not be captured, so this can only be rolled back: {state.doomed[owner]}")
-    if nested is None:
-        _write_batch(session, state)
+    work = _work_of(session)
+    work.committing += 1
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    if transaction is None:
+        return
+    _refuse_doomed(work.level(transaction))
+    if transaction.nested:
+        return
+    if work.level(transaction).held:
+        # Counters are locked from their statement to the commit: everything else that can be slow comes before.
+        work.flushing = True
+        try:
+            session.flush()
+        finally:
+            work.flushing = False
+    _write_batch(session, work, transaction)
 
 
 @event.listens_for(Session, "after_commit")
 def _after_commit(session: Session) -> None:
-    state: _State | None = session.info.get(_STATE)
-    if state is None:
+    work: _Work | None = session.info.get(_WORK)
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    if work is None or transaction is None:
         return
-    state.committing -= 1
-    nested = session.get_nested_transaction()
-    if nested is None:
-        _finish(state)
+    work.committing -= 1
+    level = work.level(transaction)
+    level.committed = True
+    if not transaction.nested:
+        failpoints.reached("C4")
+        fates.committed(level.written)
         return
-    handed = state.held.pop(nested, [])
-    if handed and nested.parent is not None:
-        state.held.setdefault(nested.parent, []).extend(handed)
+    outer = work.level(_enclosing(transaction))
+    outer.held += level.held
+    outer.written += level.written
+    level.held, level.written = [], []
 
 
 @event.listens_for(Session, "after_rollback")
 def _after_rollback(session: Session) -> None:
-    # Also for a savepoint's. Not after_soft_rollback: that one comes after the end of the transaction.
-    state: _State | None = session.info.get(_STATE)
-    if state is not None:
-        state.rolled_back = True
-        state.committing = 0
+    work: _Work | None = session.info.get(_WORK)
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    if work is not None and transaction is not None:
+        work.level(transaction).rolled_back = True
 
 
 @event.listens_for(Session, "after_transaction_end")
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    state: _State | None = session.info.get(_STATE)
-    if state is None:
+    work: _Work | None = session.info.get(_WORK)
+    if work is None or (transaction.parent is not None and not transaction.nested):
+        return  # the inner mark of a flush is no transaction
+    level = work.levels.pop(transaction, None) or _Level()
+    rest = [*level.held, *level.written]
+    if not transaction.nested:
+        del session.info[_WORK]
+        if level.committed:
+            fates.rolled_back(work.closed)
+        elif level.rolled_back:
+            fates.rolled_back([*work.closed, *rest])
+        else:
+            fates.abandoned([*work.closed, *rest])
         return
-    if transaction.parent is None:
-        forgotten = [] if state.committed or state.rolled_back or state.warned else [*_all_held(state), *state.written]
-        del session.info[_STATE]
-        _report_uncommitted(forgotten)
+    work.had_savepoint = True
+    if level.rolled_back:
+        fates.rolled_back(rest)
     else:
-        state.held.pop(transaction, None)
-        state.doomed.pop(transaction, None)
-        if transaction.nested:
-            state.rolled_back = False
-        if transaction.nested and state.committing > 0 and not session.in_nested_transaction():
-            # `transaction.commit()` of the outermost one while this savepoint was open: its before_commit came earlier.
-            _write_batch(session, state)
+        work.closed += rest
+    root = session.get_transaction()
+    if level.committed and work.committing > 0 and not work.flushing and root and not session.in_nested_transaction():
+        # `transaction.commit()` of the outermost one while this savepoint was open: its before_commit came earlier.
+        _write_batch(session, work, root)
 
 
-def _write_batch(session: Session, state: _State) -> None:
-    if not state.held:
-        state.late = True
-        return
-    # Counters are locked from their statement to the commit: everything else that can be slow comes before.
-    session.flush()
-    failpoints.reached("C2")
-    _write_held(session, state)
-    state.late = True
-    failpoints.reached("C3")
+def _write_batch(session: Session, work: _Work, root: SessionTransaction) -> None:
+    """Write what the outermost transaction holds; from here on everything is written at once."""
+    level = work.level(root)
+    _refuse_doomed(level)
+    if level.held:
+        failpoints.reached("C2")
+        with dooming(session, "the messages of this transaction"):
+            connection = _connection(session, work)
+            write(connection, level.held, notify=_may_notify(connection) and _throttle(connection).due())
+        level.written += level.held
+        level.held = []
+        failpoints.reached("C3")
+    work.late = True
 
 
-def _write_held(session: Session, state: _State) -> None:
-    batch = [held for owned in state.held.values() for held in owned]
-    _write(session, state, batch)
-    state.held.clear()
+def _write_now(connection: Connection, sent: Sent) -> None:
+    try:
+        # Its commit may be far away, where the throttle of today says nothing: one more hint harms nobody.
+        write(connection, [sent], notify=_may_notify(connection))
+    except MissingGreenlet as error:
+        raise CaptureError(
+            "it must be written at once here (the commit is under way, or the transaction belongs to a connection), which "
+            "asyncio can't do inside a plain call; use `await session.run_sync(lambda session: …)` and send in there"
+        ) from error
 
 
-def _write(session: Session, state: _State, batch: list[Held]) -> None:
-    connection = session.connection(bind_arguments={"bind": state.engine}) if state.engine else session.connection()
-    _refuse_autocommit(connection)
-    _check_engine(state, connection.engine, nested=False)
-    write(connection, batch, notify=_throttle.due())
-    state.written += [held.message for held in batch]
+def _throttle(connection: Connection) -> Throttle:
+    return _throttles.setdefault(connection.engine, Throttle())
 
 
-def _finish(state: _State) -> None:
-    state.committed = True
-    for topic, count in Counter(message.topic for message in state.written).items():
-        CAPTURED.labels(topic).inc(count)
-    for recorder in _recorders:
-        recorder.extend(state.written)
+def _may_notify(connection: Connection) -> bool:
+    # PostgreSQL refuses to PREPARE a transaction that has notified.
+    return not isinstance(connection.get_transaction(), TwoPhaseTransaction)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------
 
 
-def _check_engine(state: _State, engine: Engine, *, nested: bool) -> None:
+def _open_transaction(session: Session) -> SessionTransaction:
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    if transaction is None:
+        raise CaptureError(
+            "no transaction is open on the session (nothing was done in it since it was made, committed or rolled back); "
+            "send before the commit, after the first query or flush, or inside `with session.begin():`"
+        )
+    if _work_of(session).level(transaction).committed:
+        raise CaptureError("the transaction has committed already; send before the commit")
+    if not transaction.is_active:
+        raise CaptureError(
+            "the session takes no more work in this transaction (a flush failed in it, or it is prepared for its commit); "
+            "send before that, or roll back first"
+        )
+    return transaction
+
+
+def _refuse_doomed(level: _Level) -> None:
+    if level.doomed is not None:
+        raise CaptureError(f"a message could not be captured, so this can only be rolled back: {level.doomed}")
+
+
+def _refuse_autocommit(bind: Engine | Connection) -> None:
     # Where an engine is told at its making, only this name says so; asking the connection would be a round trip.
-    at_connect = getattr(engine.dialect, "_on_connect_isolation_level", None)
-    if "AUTOCOMMIT" in (at_connect, engine.get_execution_options().get("isolation_level")):
-        raise CaptureError(_AUTOCOMMIT)
-    _refuse_savepoint_without_begin(engine, nested=nested)
-    if any(connection.engine is not engine for connection in state.connections if connection.in_transaction()):
+    at_connect = getattr(bind.dialect, "_on_connect_isolation_level", None)
+    if (bind.get_execution_options().get("isolation_level") or at_connect) == "AUTOCOMMIT":
+        raise CaptureError(
+            "the connection is in AUTOCOMMIT: every statement commits by itself, so the message could be sent without the "
+            "rows beside it; use an engine with transactions"
+        )
+
+
+def _refuse_second_database(work: _Work, engine: Engine) -> None:
+    if any(connection.engine is not engine for connection in work.connections):
         raise CaptureError(
             "this transaction uses a second database, and the two can't commit together; "
             "write to one database, and let a consumer write to the other"
         )
 
 
-def _refuse_autocommit(connection: Connection) -> None:
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-        raise CaptureError(_AUTOCOMMIT)
+def _refuse_to_overtake(work: _Work, sent: Sent) -> None:
+    key = sent.message.key
+    if key is not None and any(held.message.key == key for level in work.levels.values() for held in level.held):
+        raise CaptureError(
+            f"an earlier message of key {key!r} waits for the commit, and inside a savepoint of the connection itself this one "
+            "would be numbered before it; use session.begin_nested() instead of connection.begin_nested()"
+        )
 
 
-_AUTOCOMMIT = (
-    "the connection is in AUTOCOMMIT: every statement commits by itself, so the message could be sent without the rows "
-    "beside it; use an engine with transactions"
-)
+def _refuse_savepoint_without_begin(session: Session, work: _Work, bind: Engine | Connection) -> None:
+    engine = bind.engine
+    if engine.dialect.name != "sqlite" or database.is_prepared(engine):
+        return
+    connection = bind if isinstance(bind, Connection) else next(iter(work.connections), None)
+    if connection is None:
+        database.prepare(engine)  # nothing is open on it here: from its first statement on all is well
+    else:
+        had_savepoint = work.had_savepoint or session.in_nested_transaction() or connection.in_nested_transaction()
+        _secure_sqlite(connection, had_savepoint=had_savepoint)
 
 
-def _refuse_savepoint_without_begin(engine: Engine, *, nested: bool) -> None:
+def _secure_sqlite(connection: Connection, *, had_savepoint: bool) -> None:
     """SQLite's driver begins no transaction before a SAVEPOINT: its rows would survive the rollback of the outer one."""
-    if nested and engine.dialect.name == "sqlite" and not database.is_prepared(engine):
+    if connection.dialect.name != "sqlite" or database.is_prepared(connection.engine):
+        return
+    if had_savepoint and not database.begins_by_itself(connection):
         raise CaptureError(
             "this SQLite engine sends no BEGIN before a SAVEPOINT, so rows would survive a rollback; "
             "call outbox.database.prepare(engine) once after making it"
         )
-
-
-def _in_foreign_savepoint(state: _State) -> bool:
-    """Say whether somebody made a savepoint on the connection itself: only rows written at once share its fate."""
-    for connection in state.connections:
-        savepoint = connection.get_nested_transaction()
-        if savepoint is not None and savepoint not in state.known_savepoints:
-            return True
-    return False
+    database.begin_now(connection)
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------------
 
 
-def _state_of(session: Session) -> _State:
-    state: _State | None = session.info.get(_STATE)
-    if state is None:
-        state = session.info[_STATE] = _State()
-    return state
+def _work_of(session: Session) -> _Work:
+    work: _Work | None = session.info.get(_WORK)
+    if work is None:
+        work = session.info[_WORK] = _Work()
+    return work
 
 
-def _all_held(state: _State) -> list[Message]:
-    return [held.message for owned in state.held.values() for held in owned]
+def _bind(session: Session, work: _Work) -> Engine | Connection | None:
+    """Return where the outbox tables of *session* are: a connection, where it is joined to one; None: nothing says it yet."""
+    try:
+        bind = session.get_bind(clause=tables.message)
+    except UnboundExecutionError:  # it binds single classes: the database that it uses is the one
+        engines = {connection.engine for connection in work.connections}
+        return work.engine or (engines.pop() if len(engines) == 1 else None)
+    return bind if work.engine is None or bind.engine is work.engine else work.engine
 
 
-def _report_uncommitted(messages: list[Message]) -> None:
-    if not messages:
-        return
-    topics = Counter(message.topic for message in messages)
-    for topic, count in topics.items():
-        UNCOMMITTED.labels(topic).inc(count)
-    listed = ", ".join(f"{topic} ({count})" for topic, count in sorted(topics.items()))
-    say(
-        log,
-        logging.WARNING,
-        "capture.uncommitted",
-        f"sent, but neither committed nor rolled back, so nobody will hear of it: {listed}; call session.commit() after send()",
-    )
+def _connection(session: Session, work: _Work) -> Connection:
+    bind = _bind(session, work)
+    if bind is None:
+        raise CaptureError("the session does not say in which database the outbox tables are; say it with Outbox(engine=…)")
+    connection = session.connection(bind_arguments={"bind": bind})
+    _refuse_autocommit(connection)
+    _refuse_second_database(work, connection.engine)
+    return connection
+
+
+def _connection_with_foreign_savepoint(work: _Work) -> Connection | None:
+    """Return the connection on which somebody else made a savepoint: only rows written at once share its fate."""
+    for connection in work.connections:
+        if any(savepoint not in work.savepoints for savepoint in savepoints(connection)):
+            return connection
+    return None
+
+
+def _enclosing(transaction: SessionTransaction) -> SessionTransaction:
+    parent = transaction.parent
+    while parent is not None and parent.parent is not None and not parent.nested:
+        parent = parent.parent  # the inner mark of a flush
+    if parent is None:
+        raise AssertionError("a savepoint is inside a transaction")
+    return parent
+
+
+@contextmanager
+def _rolling_back(connection: Connection) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        _roll_back(connection)
+        raise
+
+
+def _roll_back(connection: Connection) -> None:
+    """Roll back the innermost savepoint or the transaction of *connection*: its owner can't commit without the message."""
+    transaction = connection.get_nested_transaction() or connection.get_transaction()
+    if transaction is not None:
+        with suppress(SQLAlchemyError):  # the error that led here is the one to be seen
+            transaction.rollback()

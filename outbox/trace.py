@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import re
 import sys
+from contextvars import ContextVar
 
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+#: Set it where there is no request, or to follow another id: `outbox.trace.correlation_id.set("job-17")`.
+correlation_id: ContextVar[str | None] = ContextVar("correlation_id", default=None)
+
+# W3C Trace Context: version ff and ids of zeros alone are not valid.
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _CORRELATION = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def headers() -> dict[str, str]:
-    """Return `traceparent` (OpenTelemetry's current span, else the request's) and `correlationid` (its X-Request-Id)."""
+    """Return `traceparent` (OpenTelemetry's current span, else the request's) and `correlationid`.
+
+    That is `correlation_id`, else the request's X-Request-Id. What is not valid is left out: it comes from outside.
+    """
     found = {}
     given = _request_headers()
     trace = _current_span() or given.get("traceparent", "")
     if _TRACEPARENT.fullmatch(trace):
         found["traceparent"] = trace
-    correlation = given.get("X-Request-Id", "")
+    correlation = correlation_id.get() or given.get("X-Request-Id", "")
     if _CORRELATION.fullmatch(correlation):
         found["correlationid"] = correlation
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -17,8 +18,10 @@ from zlib import crc32
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
 
 from outbox import tables
+from outbox.errors import SchemaError
 from outbox.message import Message
 from outbox.tables import SHARDS
 from outbox.wakeup import CHANNEL
@@ -40,13 +43,19 @@ class Held:
 def write(connection: Connection, batch: Sequence[Held], *, notify: bool = False) -> None:
     """Write *batch* in the transaction that is open on *connection*; one round trip on PostgreSQL for any usual batch.
 
-    With *notify* waiting relays are woken at the commit (PostgreSQL only).
+    With *notify* waiting relays are woken at the commit (PostgreSQL only). Raises SchemaError where the tables are missing or
+    older than this code.
     """
-    for chunk in _chunks(batch):
-        if connection.dialect.name == "postgresql":
+    chunks = list(_chunks(batch))
+    with _named_errors():
+        if connection.dialect.name != "postgresql":
+            for chunk in chunks:
+                _write_sqlite(connection, chunk)
+            return
+        if len(chunks) > 1:  # each would lock its own keys in order, but not all of them together
+            _lock_keys(connection, _counts(batch))
+        for chunk in chunks:
             _write_postgresql(connection, chunk, notify)
-        else:
-            _write_sqlite(connection, chunk)
 
 
 def shard_of(message: Message) -> int:
@@ -86,8 +95,26 @@ def _headers(message: Message) -> str | None:
     return json.dumps(dict(message.headers), ensure_ascii=False, separators=(",", ":")) if message.headers else None
 
 
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        error.hide_parameters = True  # they are payloads, which have no business in a log
+        text = str(error.orig)
+        missing = (
+            getattr(error.orig, "sqlstate", None) in ("42P01", "42703") or "no such table" in text or "has no column" in text
+        )
+        if missing and "outbox_" in text:
+            raise SchemaError(
+                "the outbox tables are missing in this database, or older than this code; run: outbox migrate"
+            ) from error
+        raise
+
+
 # --- PostgreSQL: one statement ------------------------------------------------------------------------------------------
 
+# A clock of ours that is fast must not put a message off: what is due is asked of the database's.
 _BATCH = """
 WITH counted AS (
     INSERT INTO outbox_key AS counter (key, sequence)
@@ -110,7 +137,7 @@ WITH counted AS (
     RETURNING id, message_id
 ), waiting AS (
     INSERT INTO outbox_pending (message_row, shard, topic, key, sequence, available_at, unheard)
-    SELECT written.id, shard, topic, key, sequence, created_at, unheard
+    SELECT written.id, shard, topic, key, sequence, least(created_at, clock_timestamp()), unheard
     FROM numbered JOIN written USING (message_id) ORDER BY position
 )
 """
@@ -126,8 +153,18 @@ _PARAMETERS = (
     _array("content_types", sa.Text()), _array("headers", sa.Text()), _array("bodies", sa.LargeBinary()),
     _array("moments", sa.DateTime(timezone=True)), _array("shards", sa.SmallInteger()), _array("unheard", sa.Text()),
 )  # fmt: skip
+_LOCK = sa.text(
+    """
+    INSERT INTO outbox_key AS counter (key, sequence) SELECT key, 0 FROM unnest(CAST(:keys AS text[])) AS key
+    ON CONFLICT (key) DO UPDATE SET sequence = counter.sequence
+    """
+).bindparams(_array("keys", sa.Text()))
 _WRITE = sa.text(_BATCH + "SELECT 1").bindparams(*_PARAMETERS)
 _WRITE_AND_NOTIFY = sa.text(_BATCH + "SELECT pg_notify(:channel, '')").bindparams(*_PARAMETERS, channel=CHANNEL)
+
+
+def _lock_keys(connection: Connection, counts: list[tuple[str, int]]) -> None:
+    connection.execute(_LOCK, {"keys": [key for key, _ in counts]})
 
 
 def _write_postgresql(connection: Connection, batch: Sequence[Held], notify: bool) -> None:
