@@ -41,6 +41,8 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
 _REPEATED = {"id", "identifier", "sessions", "speakers", "track", "microlocation", "thumbnail", "icon", "small", "large"} | {
     f"{size}_image_url" for size in ("thumbnail", "icon", "small", "large")
 }
+#: What the column of external ids keeps.
+MAX_EXTERNAL_ID = 255
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 
 
@@ -104,6 +106,7 @@ class _Reader:
         self.folder = folder
         self.notes: list[Note] = []
         self.skipped: dict[str, int] = {}
+        #: Of times that say no offset.
         self.zone = ZoneInfo("UTC")
         #: file → id there → (name, external id) of the rows that have it: real exports use an id twice.
         self.known: dict[str, dict[str, list[tuple[str, str]]]] = {}
@@ -117,12 +120,10 @@ class _Reader:
             raise ExportError(
                 f"{self.folder / 'event.json'} has neither identifier nor id: importing it again could not find it"
             )
+        self.zone = _zone(raw.get("timezone"))
         event.values = self._values(EVENT, "event.json", None, raw)
         if not event.values["name"]:
             raise ExportError(f"{self.folder / 'event.json'} has no name")
-        self.zone = ZoneInfo(event.values["timezone"])
-        # Times without an offset are of the conference's zone, which was not known when they were first looked at.
-        event.values |= {name: self._moment("event.json", None, name, _found(raw, name)) for name in ("starts_at", "ends_at")}
         tracks = self._rows(TRACK, most=MAX_TRACKS)
         rooms, speakers = self._rows(MICROLOCATION), self._rows(SPEAKER)
         sessions = [self._session(row, raw) for row, raw in self._identified(SESSION)]
@@ -185,6 +186,7 @@ class _Reader:
         file = f"{kind.plural}.json"
         label = "title" if kind is SESSION else "name"
         known = self.known.setdefault(file, {})
+        used: set[str] = set()
         for raw in self._objects(file):
             given, name = _id(raw.get("id")), _text(raw.get(label))
             if not given or not name:
@@ -195,9 +197,13 @@ class _Reader:
                 continue
             namesakes = known.setdefault(given, [])
             external_id = given if not namesakes else f"{given}:{name}"
-            if _same(name) in [other for other, _ in namesakes] or len(external_id) > 255:
-                self._skip(file, "skipped: its id is used twice" if namesakes else "skipped: its id is too long", [given])
+            if _same(name) in [other for other, _ in namesakes] or external_id in used:
+                self._skip(file, "skipped: its id is used twice", [given])
                 continue
+            if len(external_id) > MAX_EXTERNAL_ID:
+                self._skip(file, "skipped: its id is too long", [given])
+                continue
+            used.add(external_id)
             if namesakes:
                 self._note(file, "its id belongs to another row; kept under a longer one", given, external_id)
             namesakes.append((_same(name), external_id))
@@ -210,8 +216,6 @@ class _Reader:
             reason = "one of them is missing" if not starts or not ends else "the end is not after the start"
             self._note(file, f"taken without times: {reason}", row.external_id)
             row.values |= dict.fromkeys(times)
-        kind_of = raw.get("session_type")
-        row.values["session_type"] = _text(kind_of.get("name") if isinstance(kind_of, dict) else kind_of)
         return Session(
             row.external_id,
             row.values | {"track_id": None, "microlocation_id": None},
@@ -277,7 +281,7 @@ class _Reader:
                 values[name] = self._moment(file, row, name, value)
                 continue
             values[name] = kind.defaults.get(name)
-            if value is None or name == "session_type" or kind_of is fields.REFERENCE:
+            if value is None or kind_of is fields.REFERENCE:
                 continue
             try:
                 values[name] = kind_of.parse(self._prepared(kind_of, file, row, name, value))
@@ -335,6 +339,9 @@ def _snake(raw: Mapping[str, Any]) -> dict[str, Any]:
         ours = name.strip().lower().replace("-", "_")
         if _is_empty(result.get(ours)):
             result[ours] = value
+    kind_of = result.get("session_type")
+    if isinstance(kind_of, dict):  # an object of id, name and length; its name is what we keep
+        result["session_type"] = kind_of.get("name")
     return result
 
 
@@ -374,6 +381,14 @@ def _id(value: Any) -> str | None:
 def _same(text: str) -> str:
     """Return what two spellings of one name have in common."""
     return " ".join(text.split()).casefold()
+
+
+def _zone(value: Any) -> ZoneInfo:
+    """Return the zone of that name, UTC where there is none."""
+    try:
+        return ZoneInfo(fields.Zone().parse(_text(value)))
+    except ValueError:
+        return ZoneInfo("UTC")
 
 
 def _length(value: Any) -> int:

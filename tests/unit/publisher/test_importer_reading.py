@@ -134,6 +134,36 @@ def test_one_id_for_two_people_keeps_both_and_each_session_its_own(tmp_path: Pat
     assert conference.skipped == {"speakers.json": 1, "sessions.json": 1}
 
 
+def test_an_id_that_another_rows_longer_id_has_taken_is_not_taken_twice(tmp_path: Path) -> None:
+    speakers = [
+        {"id": 78, "name": "Ada"},
+        {"id": "78:Ben", "name": "Ben"},
+        {"id": 78, "name": "Ben"},
+        {"id": "9" * 256, "name": "C"},
+    ]
+
+    conference = read(tmp_path, speakers=speakers)
+
+    assert [row.external_id for row in conference.speakers] == ["78", "78:Ben"]
+    assert conference.skipped == {"speakers.json": 2}
+
+
+def test_a_kind_of_session_is_checked_like_any_text(tmp_path: Path) -> None:
+    sessions = [{"id": 1, "title": "A", "session_type": {"name": "Talk "}}, {"id": 2, "title": "B", "session_type": "x" * 201}]
+
+    conference = read(tmp_path, sessions=sessions)
+
+    assert [len(row.values["session_type"]) for row in conference.sessions] == [4, 200]
+
+
+def test_a_time_that_is_none_is_said_once(tmp_path: Path) -> None:
+    sessions = [{"id": 1, "title": "A", "starts_at": "2018-03-22T10:00:00Z", "ends_at": "2018-03-22T11:00:00Z"}]
+
+    conference = read(tmp_path, event=EVENT | {"starts-at": "soon"}, sessions=sessions)
+
+    assert [note.detail for note in conference.notes if "no time" in note.detail] == ["starts_at left out: it is no time"]
+
+
 def test_references_to_what_is_not_there_are_left_out_and_said(tmp_path: Path) -> None:
     session = {
         "id": 1,
