@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from outbox import database, migrations, tables
 from outbox.message import new_id
+from outbox.store import operate
 from outbox.tables import State
 from tests import builders
 from tests.commands import Commands
@@ -19,8 +20,9 @@ from tests.kit.ports import free_port
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from uuid import UUID
 
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Connection, Engine
 
     from outbox.message import Message
 
@@ -269,6 +271,20 @@ def test_a_state_and_a_topic_act_on_all_of_them(outbox: Commands, engine: Engine
     assert [states[id_] for id_ in others] == ["unroutable", "dead"]
     again = outbox.fine("requeue", "--state", "unroutable", "--topic", "a", "--yes")
     assert again == "No unroutable message of topic 'a': nothing to requeue.\n"
+
+
+def test_a_relay_that_sets_messages_aside_again_does_not_make_a_requeue_endless(
+    outbox: Commands, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = _put(engine, *(builders.message() for _ in range(5)), state=State.UNROUTABLE)
+
+    def in_vain(connection: Connection, rows: list[int], *, actor: str) -> list[UUID]:
+        return [entry.id for entry in operate.by_rows(connection, rows)]  # at once unroutable again
+
+    monkeypatch.setattr(operate, "CHUNK", 2)
+    monkeypatch.setattr(operate, "requeue", in_vain)
+    assert outbox.fine("requeue", "--state", "unroutable", "--yes") == "Requeued 5 messages.\n"
+    assert set(_states(outbox)) == set(ids)
 
 
 @pytest.mark.parametrize(

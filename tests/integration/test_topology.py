@@ -200,12 +200,12 @@ def test_the_embedded_brokers_bindings_are_in_its_file(tmp_path: Path) -> None:
     with Queues(tmp_path / "broker.db") as queues:
         queues.declare_queue("openevent.exports")
         queues.bind("openevent.exports", "session.*", exchange=_EXCHANGE)
-        queues.bind("openevent.exports", "session.modified", exchange=_EXCHANGE)
+        queues.bind("openevent.exports", "#.modified", exchange=_EXCHANGE)
     found = topology.read(_embedded(tmp_path))
     assert found is not None
     assert found.exchange_type == "topic"
     assert [item.destination for item in found.destinations("session.modified")] == ["openevent.exports"]
-    assert found.destinations("event.modified") == []
+    assert found.destinations("event.created") == []
     assert found.queues["openevent.exports"].type == "embedded"
 
 
