@@ -149,23 +149,29 @@ def parked_show(engine: Engine, service: Service, message_id: str) -> list[Detai
         return [_detail(connection, row) for row in _find(connection, service, [message_id])]
 
 
-def requeue(engine: Engine, service: Service, ids: Sequence[str], *, actor: str) -> list[str]:
+def requeue(engine: Engine, service: Service, ids: Sequence[str], *, actor: str, now: datetime | None = None) -> list[str]:
     """Let the worker replay the messages *ids*, those of a key in their order; return the ids.
 
     Raises OutboxError, having changed nothing, for an id that is not parked, was discarded, or waits behind another one.
     """
 
-    def act(connection: Connection, row: Row[Any], now: datetime) -> None:
-        parking.requeue(connection, row, actor, now)
+    moment = now or datetime.now(UTC)
+
+    def act(connection: Connection, row: Row[Any]) -> None:
+        parking.requeue(connection, row, actor, moment)
 
     return _act(engine, service, ids, "requeue", act)
 
 
-def discard(engine: Engine, service: Service, ids: Sequence[str], *, actor: str, reason: str) -> list[str]:
+def discard(
+    engine: Engine, service: Service, ids: Sequence[str], *, actor: str, reason: str, now: datetime | None = None
+) -> list[str]:
     """Never apply the messages *ids*; later ones of their keys go on. Returns the ids; raises as `requeue`."""
 
-    def act(connection: Connection, row: Row[Any], now: datetime) -> None:
-        parking.discard(connection, row, actor, reason, now)
+    moment = now or datetime.now(UTC)
+
+    def act(connection: Connection, row: Row[Any]) -> None:
+        parking.discard(connection, row, actor, reason, moment)
 
     return _act(engine, service, ids, "discard", act)
 
@@ -175,7 +181,7 @@ def _act(
     service: Service,
     ids: Sequence[str],
     verb: str,
-    act: Callable[[Connection, Row[Any], datetime], None],
+    act: Callable[[Connection, Row[Any]], None],
 ) -> list[str]:
     with engine.begin() as connection:
         found = _find(connection, service, ids)
@@ -184,9 +190,8 @@ def _act(
         found = _find(connection, service, ids)  # again: a replay may just have ended
         if refused := [text for row in found if (text := _why_not(row))]:
             raise OutboxError("\n".join([*refused, f"nothing was changed; {verb} the first of a key"]))
-        now = datetime.now(UTC)
         for row in found:
-            act(connection, row, now)
+            act(connection, row)
     return [row.message_id for row in found]
 
 

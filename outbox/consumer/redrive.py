@@ -172,18 +172,18 @@ class Redriver:
                 self._stopping.wait(_POLL_SECONDS)
 
     def look(self) -> bool:
-        """Replay what is due; return whether something was. Raises Stopping."""
-        rows = self._replays.due()
+        """Replay what is due; return whether that changed anything. Raises Stopping."""
+        changed = False
         seen: set[Key] = set()
-        for row in rows:
+        for row in self._replays.due():
             key = None if row.key is None else (row.source, row.key)
             if key is None or key not in seen:
-                self._replay(row, key)
+                changed |= self._replay(row, key)
             if key is not None:
                 seen.add(key)
-        return bool(rows)
+        return changed
 
-    def _replay(self, row: Row[Any], key: Key | None) -> None:
+    def _replay(self, row: Row[Any], key: Key | None) -> bool:
         def give_up(aside: Aside) -> list[Settled]:
             return self._replays.set_aside_again(row.id, key, aside)
 
@@ -196,6 +196,7 @@ class Redriver:
             if settled is None:
                 settled = self._attempts.persist(lambda: self._watched(row.id, key, 1), give_up)
         telemetry.settled(self._service, settled)
+        return bool(settled)
 
     def _together(self, row_id: int, key: Key) -> list[Settled] | None:
         self._attempts.pause.wait()
