@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ import click
 from flask import Flask
 from flask.json.provider import DefaultJSONProvider
 
-from outbox import OutboxError
 from outbox.database import create_engine
 from outbox.settings import load
 from publisher import api, commands, database, migrations
@@ -41,12 +41,9 @@ def create_app(config: Mapping[str, Any] = MappingProxyType({})) -> Flask:
     It connects to nothing, so that it starts before its servers are up; in embedded mode it makes folders and tables.
     Raises ConfigurationError; under the `flask` command its text alone is shown.
     """
-    try:
+    under_a_command = click.get_current_context(silent=True) is not None
+    with commands.told() if under_a_command else nullcontext():
         return _create(config)
-    except OutboxError as error:
-        if click.get_current_context(silent=True) is None:
-            raise
-        raise click.ClickException(str(error)) from error
 
 
 def _create(config: Mapping[str, Any]) -> Flask:
@@ -55,8 +52,9 @@ def _create(config: Mapping[str, Any]) -> Flask:
     app.json = Json(app)
     settings = load(config=app.config, environ=os.environ, folder=CHECKOUT)
     settings.require("DATABASE_URL", "BROKER_URL")
-    # The library reads an application's settings, not its pyproject.toml.
-    app.config.update({name: getattr(settings, attribute) for name, attribute in _BOX.items()})
+    # The extension reads the configuration and the environment, not pyproject.toml.
+    box = {name: attribute for name, attribute in _BOX.items() if settings.origins.get(name) == "pyproject.toml"}
+    app.config.update({name: getattr(settings, attribute) for name, attribute in box.items()})
     engine = create_engine(str(settings.database_url))
     database.init_app(app, engine)
     outbox.init_app(app, session=database.session, engine=engine)

@@ -31,7 +31,7 @@ _NAMED = 8
 def migrate() -> None:
     """Create or upgrade the tables of the publisher and of its outbox."""
     engine = database.of(current_app).engine
-    with _told():
+    with told():
         steps = migrations.upgrade(engine)
     click.echo(f"{engine.url.render_as_string(hide_password=True)}: " + (f"{steps} step(s) done" if steps else "up to date"))
 
@@ -46,7 +46,7 @@ def import_(folder: Path, as_json: bool) -> None:
     Names are taken in either spelling (start_time, starts-at). A second run changes what differs and nothing else. All or
     nothing: a run that fails leaves no trace.
     """
-    with _told():
+    with told():
         conference = openevent.read(folder)
         migrations.check(database.of(current_app).engine)
         bar = click.progressbar(length=importer.rows(conference), label="Importing", file=sys.stderr)
@@ -71,8 +71,8 @@ def _summary(report: Report) -> str:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turn what can be expected to go wrong into one clear text."""
+def told() -> Iterator[None]:
+    """Turn what can be expected to go wrong into one clear text, which ends the command."""
     try:
         yield
     except (OutboxError, openevent.ExportError) as error:
@@ -82,3 +82,5 @@ def _told() -> Iterator[None]:
     except DBAPIError as error:
         said = str(error.orig).strip().partition("\n")[0]
         raise click.ClickException(f"the database can't be used: {said}; nothing was changed") from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}") from error

@@ -116,6 +116,16 @@ def test_a_database_that_is_away_ends_the_command_with_its_text_alone(tmp_path: 
     assert "geheim" not in result.stderr
 
 
+def test_a_folder_that_can_not_be_made_ends_the_command_with_its_text_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    env = {"DATABASE_URL": f"sqlite:///{tmp_path / 'file' / 'o.db'}", "BROKER_URL": f"embedded:///{tmp_path / 'b.db'}"}
+
+    result = flask("migrate", env=env)
+
+    assert result.returncode == 1
+    assert result.stderr == f"Error: {tmp_path / 'file'}: File exists\n"
+
+
 def test_two_applications_in_one_process_do_not_mix(tmp_path: Path) -> None:
     one, two = (application(f"sqlite:///{tmp_path / name}.db") for name in ("one", "two"))
 
