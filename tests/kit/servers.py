@@ -237,13 +237,13 @@ class RabbitServer(ServerProcess):
         self._alarmed = False
 
     def kill(self) -> None:
-        """Crash: SIGKILL to the Erlang machine, with the queues' directory on disk.
+        """Crash: SIGKILL to the Erlang machine, with the queues' directory and the bindings on disk.
 
         RabbitMQ writes that directory up to a second after a quorum queue was declared; killed before, 3.10 starts the
         queue again as an empty one that never elects a leader. No test is about that second.
         """
         if self.running and not self._suspended:
-            self.ctl("eval", "lists:foreach(fun dets:sync/1, dets:all()).")
+            self.ctl("eval", "lists:foreach(fun dets:sync/1, dets:all()), mnesia:sync_log().")
         self._crash()
 
     def _crash(self) -> None:
