@@ -231,9 +231,18 @@ def tail(topic: str | None, as_json: bool) -> None:
         follower = Follower(max(0, operate.newest_row(connection) - 1000), patience=_PATIENCE)
         follower.seen(operate.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS))
     pause = threading.Event()
+    trouble = ""
     try:
         while True:
-            for entry in _look(here, follower, topic):
+            try:
+                entries = _look(here, follower, topic)
+            except Unavailable as error:  # it goes on when the database is back
+                if str(error) != trouble:
+                    text.say(text.dim(str(error)), error=True)
+                entries, trouble = [], str(error)
+            else:
+                trouble = ""
+            for entry in entries:
                 text.say_json(as_dict(entry), line=True) if as_json else text.say(_tail_line(entry))
             pause.wait(_POLL_SECONDS)
     except KeyboardInterrupt:
@@ -243,15 +252,11 @@ def tail(topic: str | None, as_json: bool) -> None:
 def _look(here: Context, follower: Follower, topic: str | None) -> list[Entry]:
     from outbox.store import operate
 
-    try:
-        with here.reading() as connection:
-            rows = follower.unseen(operate.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS))
-            entries = operate.by_rows(connection, rows)
-        follower.seen(rows)
-        return entries
-    except Unavailable as error:  # it goes on when the database is back
-        text.say(text.dim(str(error)), error=True)
-        return []
+    with here.reading() as connection:
+        rows = follower.unseen(operate.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS))
+        entries = operate.by_rows(connection, rows)
+    follower.seen(rows)
+    return entries
 
 
 def _tail_line(entry: Entry) -> str:

@@ -55,13 +55,17 @@ def status(ctx: click.Context, as_json: bool, watch: bool, interval: float, fail
 def _watch(here: Context, as_json: bool, interval: float) -> None:
     pause = threading.Event()
     terminal = sys.stdout.isatty()
+    trouble = ""
     try:
         while True:
             try:
                 found = _read(here)
             except Unavailable as error:  # whoever watches wants to see it come back
-                text.say((_CLEAR if terminal else "") + str(error), error=True)
+                if str(error) != trouble:
+                    text.say(str(error), error=True)
+                trouble = str(error)
             else:
+                trouble = ""
                 page = as_text(found, str(here.place))
                 if as_json:
                     text.say_json(as_dict(found), line=True)
@@ -209,13 +213,19 @@ def _rate(found: Overview) -> str:
 
 
 def _relay_lines(found: Overview) -> list[str]:
+    """The live relays, and the latest of those that ended without a word."""
     if not found.relays:
         return [f"  {'relay':<11}none was seen within a day"]
-    return [
+    silent = [item for item in found.relays if _state(item) == "silent"]
+    shown = [item for item in found.relays if item not in silent] + silent[:1]
+    lines = [
         f"  {'relay':<11}{item.id}  {text.coloured(_state(item))}  {text.amount(item.shards, 'shard')}  "
         f"{text.dim(f'seen {text.age(item.seen_age_seconds)} ago')}"
-        for item in found.relays
+        for item in shown
     ]
+    if len(silent) > 1:
+        lines.append(f"  {'':<11}{text.dim(f'and {len(silent) - 1:,} more silent within a day')}")
+    return lines
 
 
 def _broker_line(found: Overview) -> list[str]:

@@ -16,6 +16,7 @@ from outbox.tables import State
 from tests import builders
 from tests.commands import Commands
 from tests.kit.ports import free_port
+from tests.kit.processes import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,6 +119,8 @@ def test_status_has_the_promised_names_and_numbers(outbox: Commands, engine: Eng
     assert relay["seen_age_seconds"] < 60
     assert found["broker"] == {"connected": True, "blocked": False, "detail": ""}
     assert found["stuck"].startswith(f"message {found['held_by'][0]['id']}: given up")
+    documented = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert [name for name in (*found, *relay, *found["held_by"][0]) if f"`{name}`" not in documented] == []
     page = outbox.fine("status")
     assert found["stuck"] in page
     assert "pending               2" in page

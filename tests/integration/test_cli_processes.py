@@ -20,7 +20,7 @@ from outbox.tables import State
 from tests import builders
 from tests.commands import Commands
 from tests.kit.ports import free_port
-from tests.kit.processes import environment, run
+from tests.kit.processes import Process, environment, run
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
@@ -100,15 +100,7 @@ def test_tail_prints_messages_as_they_are_committed_and_ends_quietly(
 ) -> None:
     (old,) = _put(engine, builders.message())
     process = spawn("outbox", "tail", "--topic", "a.b", env=env, cwd=folder)
-    process.wait_for_line("SQLite file")
-    printed: list[str] = []
-
-    def shown() -> bool:
-        # Started but not reading yet, it takes the first ones for old.
-        printed.extend(_put(engine, builders.message("a.b", key="event:7")))
-        return printed[-1] in process.output or any(id_ in process.output for id_ in printed)
-
-    eventually(shown, 30, "tail to print a message", interval=0.7)
+    _wait_until_it_tails(process, engine)
     _put(engine, builders.message("other"))
     (last,) = _put(engine, builders.message("a.b", key="event:7"))
     process.wait_for_line(f"{last}  a.b  event:7 #")
@@ -117,6 +109,17 @@ def test_tail_prints_messages_as_they_are_committed_and_ends_quietly(
     assert "Traceback" not in process.output
     assert old not in process.output
     assert "other" not in process.output
+
+
+def _wait_until_it_tails(process: Process, engine: Engine) -> None:
+    """Put messages until one is printed: started but not reading yet, it takes the first ones for old."""
+    printed: list[str] = []
+
+    def shown() -> bool:
+        printed.extend(_put(engine, builders.message("a.b")))
+        return any(id_ in process.output for id_ in printed)
+
+    eventually(shown, 30, "tail to print a message", interval=0.7)
 
 
 def test_status_watch_looks_again_and_again(spawn: Spawn, env: dict[str, str], engine: Engine, folder: Path) -> None:
@@ -138,16 +141,18 @@ def test_whoever_watches_sees_the_database_go_and_come_back(
     Commands(env).fine("migrate")
     status = spawn("outbox", "status", "--json", "--watch", "--interval", "100ms", env=env, cwd=folder)
     tail = spawn("outbox", "tail", env=env, cwd=folder)
-    status.wait_for_line('"pending": 0')
+    engine = database.create_engine(server.url)
+    _wait_until_it_tails(tail, engine)
+    status.wait_for_line('"pending": [1-9]')
     server.stop()
     for process in (status, tail):
         process.wait_for_line("start the database or correct the URL")
     server.start()
-    engine = database.create_engine(server.url)
+    seen = status.output.count('"pending"')
     (id_,) = _put(engine, builders.message())
     engine.dispose()
-    status.wait_for_line('"pending": 1')
     tail.wait_for_line(id_)
+    eventually(lambda: status.output.count('"pending"') > seen, what="status to go on")
 
 
 def test_a_pipe_that_closes_early_is_no_failure_to_talk_about(env: dict[str, str], engine: Engine, folder: Path) -> None:
