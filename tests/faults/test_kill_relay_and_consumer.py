@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.kit.history import judge
-from tests.kit.recorder import NAME, REFUSED
+from tests.faults.verdicts import RELAY_ENV, nothing_wrong
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.faults
 
-#: Small enough that the bound on duplicates says something.
-WINDOW = {"OUTBOX_WINDOW": "200", "OUTBOX_BATCH_SIZE": "100"}
 #: Failpoint → after how many times at most it kills. R1 is passed twenty times a second, K6 only by what is to be parked.
 RELAY = {"R1": 20, "R2": 5, "R3": 30, "R4": 3, "R5": 4, "R6": 4, "R7": 1}
 SERVICE = {"K1": 60, "K2": 5, "K3": 5, "K4": 5, "K5": 5, "K6": 1}
@@ -74,36 +71,12 @@ def _until_all_have_died(victims: Iterable[Killed], timeout: float) -> None:
     )
 
 
-def _check(world: World, relays: Killed, services: Killed) -> None:
-    """Everything that committed arrived and was applied once, in order; what came twice is explained by the kills."""
-    ledger, tap, effects = world.ledger(), world.tap(), world.effects()
-    verdict = judge(ledger, tap)
-    print(f"{len(ledger)} messages, {verdict.duplicates} duplicates after {len(relays.dead)} killed relays")
-    assert verdict.problems() == {}
-    faults = len(relays.dead) + _lost_connections([*relays.dead, relays.process])
-    assert verdict.duplicates <= faults * int(WINDOW["OUTBOX_WINDOW"])
-
-    applied = world.ledger(f"topic <> '{REFUSED}'")
-    assert judge(applied, effects, effects=[effect.id for effect in effects]).problems() == {}
-    parked = world.ask.json("consumer", "parked", "list", NAME, "--limit", "1000")
-    assert sorted(row["id"] for row in parked) == sorted(entry.id for entry in world.ledger(f"topic = '{REFUSED}'"))
-
-    status, service = world.status(), world.service_status()
-    assert (status["pending"], status["published_total"]) == (0, len(ledger))
-    assert (service["applied_total"], service["late_total"], service["gaps_total"]) == (len(applied), 0, 0)
-
-
-def _lost_connections(relays: list[Process]) -> int:
-    """On a busy machine the broker may be silent for too long: a fault that nobody injected."""
-    return sum(relay.output.count("dropped the connection") for relay in relays)
-
-
 @pytest.mark.timeout(240)
 def test_relay_service_and_writers_killed_at_each_step_lose_nothing_and_keep_the_order(
     shared_world: World, chance: random.Random
 ) -> None:
     world = shared_world
-    relays = Killed(lambda plan: world.relay(failpoints=plan, **WINDOW), RELAY, chance)
+    relays = Killed(lambda plan: world.relay(failpoints=plan, **RELAY_ENV), RELAY, chance)
     services = Killed(lambda plan: world.service(failpoints=plan), SERVICE, chance)
     writers = [Killed(lambda plan: world.writer(chance.random(), plan), points, chance) for points in (WRITER, {}, {})]
 
@@ -112,13 +85,13 @@ def test_relay_service_and_writers_killed_at_each_step_lose_nothing_and_keep_the
     for each in (*writers, relays, services):
         each.end()
     world.drain()
-    _check(world, relays, services)
+    nothing_wrong(world, faults=len(relays.dead), relays=[*relays.dead, relays.process])
 
 
 @pytest.mark.timeout(120)
 def test_the_embedded_mode_survives_the_same(small_world: World, chance: random.Random) -> None:
     world = small_world
-    relays = Killed(lambda plan: world.relay(failpoints=plan, **WINDOW), EMBEDDED_RELAY, chance)
+    relays = Killed(lambda plan: world.relay(failpoints=plan, **RELAY_ENV), EMBEDDED_RELAY, chance)
     services = Killed(lambda plan: world.service(failpoints=plan), EMBEDDED_SERVICE, chance)
     writers = [Killed(lambda plan: world.writer(chance.random(), plan), points, chance) for points in ({"C3": 5}, {})]
 
@@ -127,4 +100,4 @@ def test_the_embedded_mode_survives_the_same(small_world: World, chance: random.
     for each in (*writers, relays, services):
         each.end()
     world.drain()
-    _check(world, relays, services)
+    nothing_wrong(world, faults=len(relays.dead), relays=[*relays.dead, relays.process])

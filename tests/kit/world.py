@@ -101,6 +101,11 @@ class World:
             for pattern in patterns:
                 channel.queue_bind(TAP, EXCHANGE, pattern)
 
+    def bind_again(self) -> None:
+        """Bind the recorder and the tap, after the exchange was lost and made again."""
+        self.ask.fine("consumer", "topology", recorder.NAME, "--apply")
+        self.make_tap("#")
+
     @contextmanager
     def channel(self) -> Iterator[Any]:
         """A channel to RabbitMQ that has nothing to do with the project."""
