@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
 
 _PREPARED = "outbox_prepared"
+#: On a connection: `_begin_immediate` has begun its transactions, this one too.
+_BEGUN = "outbox_begun"
 #: A failed-over primary answers reads and refuses writes: the connection must go, or the pool keeps offering it.
 _READ_ONLY = "25006"
 
@@ -70,11 +72,12 @@ def autocommitting(engine: Engine) -> Engine:
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def begins_by_itself(connection: Connection) -> bool:
-    """Say whether an SQLite engine that `prepare` has not seen sends BEGIN all the same: its owner took care of it."""
+def begins_early(connection: Connection) -> bool:
+    """Say whether an SQLite transaction gets its BEGIN before anything else: `prepare` or the application saw to it."""
     driver: Any = connection.connection.driver_connection
     follows_the_recipe = driver.isolation_level is None and bool(connection.engine.dispatch.begin)
-    return follows_the_recipe or getattr(driver, "autocommit", None) is False  # Python 3.12's own answer
+    since_python_3_12 = getattr(driver, "autocommit", None) is False
+    return _BEGUN in connection.info or (follows_the_recipe and not is_prepared(connection.engine)) or since_python_3_12
 
 
 def begin_now(connection: Connection) -> None:
@@ -112,6 +115,7 @@ def _configure_sqlite(connection: DBAPIConnection) -> None:
 
 def _begin_immediate(connection: Connection) -> None:
     driver: Any = connection.connection.driver_connection
+    connection.info[_BEGUN] = True
     if driver.in_transaction:  # the application has a listener of its own that begins
         return
     # A deferred transaction that reads and then writes fails at once with SQLITE_BUSY_SNAPSHOT, whatever the timeout.

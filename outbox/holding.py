@@ -90,17 +90,14 @@ def hold(session: Session, engine: Engine | None, sent: Sent) -> None:
         _refuse_second_database(work, bind.engine)
         _refuse_savepoint_without_begin(session, work, bind)
     if isinstance(bind, Connection):
-        connection = _connection(session, work)
-        _write_now(connection, sent)
-        fates.follow(connection, sent)
-    elif (foreign := _connection_with_foreign_savepoint(work)) is not None:
+        fates.follow(_write_now(session, work, sent), sent)
+    elif _is_in_foreign_savepoint(work):
         _refuse_to_overtake(work, sent)
-        _write_now(foreign, sent)
-        fates.follow(foreign, sent)
+        fates.follow(_write_now(session, work, sent), sent)
     else:
         level = work.level(transaction)
-        if work.late and not transaction.nested:
-            _write_now(_connection(session, work), sent)
+        if work.late:
+            _write_now(session, work, sent)
             level.written.append(sent)
         else:
             level.held.append(sent)
@@ -114,8 +111,9 @@ def hold_on_connection(connection: Connection, sent: Sent) -> None:
         raise CaptureError("no transaction is open on the connection; send inside `with connection.begin():`")
     with _rolling_back(connection):
         _refuse_autocommit(connection)
-        _secure_sqlite(connection, had_savepoint=connection.in_nested_transaction())
-        _write_now(connection, sent)
+        if connection.dialect.name == "sqlite":
+            _secure_sqlite(connection, had_savepoint=False)
+        _write_one(connection, sent)
     fates.follow(connection, sent)
 
 
@@ -215,8 +213,11 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     else:
         work.closed += rest
     root = session.get_transaction()
-    if level.committed and work.committing > 0 and not work.flushing and root and not session.in_nested_transaction():
-        # `transaction.commit()` of the outermost one while this savepoint was open: its before_commit came earlier.
+    if root is None or session.in_nested_transaction() or work.flushing:
+        return
+    if work.committing > 0 and (level.committed or level.rolled_back):
+        # `transaction.commit()` of the outermost one while this savepoint was open: its before_commit came earlier. (After a
+        # commit that an error stopped this may be another's release; then the batch is only written earlier than need be.)
         _write_batch(session, work, root)
 
 
@@ -227,7 +228,7 @@ def _write_batch(session: Session, work: _Work, root: SessionTransaction) -> Non
     if level.held:
         failpoints.reached("C2")
         with dooming(session, "the messages of this transaction"):
-            connection = _connection(session, work)
+            connection = _connection_of_root(session, work)
             write(connection, level.held, notify=_may_notify(connection) and _throttle(connection).due())
         level.written += level.held
         level.held = []
@@ -235,15 +236,29 @@ def _write_batch(session: Session, work: _Work, root: SessionTransaction) -> Non
     work.late = True
 
 
-def _write_now(connection: Connection, sent: Sent) -> None:
+def _write_now(session: Session, work: _Work, sent: Sent) -> Connection:
+    # By way of the session, so that its own savepoint is there before the message.
+    try:
+        connection = session.connection(bind_arguments={"bind": _known_bind(session, work)})
+    except MissingGreenlet as error:
+        raise CaptureError(_NO_GREENLET) from error
+    _refuse_on(connection, work)
+    _write_one(connection, sent)
+    return connection
+
+
+def _write_one(connection: Connection, sent: Sent) -> None:
     try:
         # Its commit may be far away, where the throttle of today says nothing: one more hint harms nobody.
         write(connection, [sent], notify=_may_notify(connection))
     except MissingGreenlet as error:
-        raise CaptureError(
-            "it must be written at once here (the commit is under way, or the transaction belongs to a connection), which "
-            "asyncio can't do inside a plain call; use `await session.run_sync(lambda session: …)` and send in there"
-        ) from error
+        raise CaptureError(_NO_GREENLET) from error
+
+
+_NO_GREENLET = (
+    "it must be written at once here (the commit is under way, or the transaction belongs to a connection), which asyncio "
+    "can't do inside a plain call; use `await session.run_sync(lambda session: …)` and send in there"
+)
 
 
 def _throttle(connection: Connection) -> Throttle:
@@ -308,22 +323,20 @@ def _refuse_to_overtake(work: _Work, sent: Sent) -> None:
 
 
 def _refuse_savepoint_without_begin(session: Session, work: _Work, bind: Engine | Connection) -> None:
-    engine = bind.engine
-    if engine.dialect.name != "sqlite" or database.is_prepared(engine):
+    if bind.dialect.name != "sqlite":
         return
     connection = bind if isinstance(bind, Connection) else next(iter(work.connections), None)
     if connection is None:
-        database.prepare(engine)  # nothing is open on it here: from its first statement on all is well
+        database.prepare(bind.engine)  # nothing is open on it here: from its first statement on all is well
     else:
-        had_savepoint = work.had_savepoint or session.in_nested_transaction() or connection.in_nested_transaction()
-        _secure_sqlite(connection, had_savepoint=had_savepoint)
+        _secure_sqlite(connection, had_savepoint=work.had_savepoint or session.in_nested_transaction())
 
 
 def _secure_sqlite(connection: Connection, *, had_savepoint: bool) -> None:
     """SQLite's driver begins no transaction before a SAVEPOINT: its rows would survive the rollback of the outer one."""
-    if connection.dialect.name != "sqlite" or database.is_prepared(connection.engine):
+    if database.begins_early(connection):
         return
-    if had_savepoint and not database.begins_by_itself(connection):
+    if had_savepoint or connection.in_nested_transaction():
         raise CaptureError(
             "this SQLite engine sends no BEGIN before a SAVEPOINT, so rows would survive a rollback; "
             "call outbox.database.prepare(engine) once after making it"
@@ -351,22 +364,30 @@ def _bind(session: Session, work: _Work) -> Engine | Connection | None:
     return bind if work.engine is None or bind.engine is work.engine else work.engine
 
 
-def _connection(session: Session, work: _Work) -> Connection:
+def _known_bind(session: Session, work: _Work) -> Engine | Connection:
     bind = _bind(session, work)
     if bind is None:
         raise CaptureError("the session does not say in which database the outbox tables are; say it with Outbox(engine=…)")
-    connection = session.connection(bind_arguments={"bind": bind})
-    _refuse_autocommit(connection)
-    _refuse_second_database(work, connection.engine)
+    return bind
+
+
+def _connection_of_root(session: Session, work: _Work) -> Connection:
+    bind = _known_bind(session, work)
+    # Not by way of the session where it can be helped: it refuses work at the end of `with session.begin_nested():`.
+    known = [connection for connection in work.connections if connection.engine is bind.engine]
+    connection = known[0] if known else session.connection(bind_arguments={"bind": bind})
+    _refuse_on(connection, work)
     return connection
 
 
-def _connection_with_foreign_savepoint(work: _Work) -> Connection | None:
-    """Return the connection on which somebody else made a savepoint: only rows written at once share its fate."""
-    for connection in work.connections:
-        if any(savepoint not in work.savepoints for savepoint in savepoints(connection)):
-            return connection
-    return None
+def _refuse_on(connection: Connection, work: _Work) -> None:
+    _refuse_autocommit(connection)
+    _refuse_second_database(work, connection.engine)
+
+
+def _is_in_foreign_savepoint(work: _Work) -> bool:
+    """Say whether somebody else made a savepoint on the connection: only rows written at once share its fate."""
+    return any(savepoint not in work.savepoints for connection in work.connections for savepoint in savepoints(connection))
 
 
 def _enclosing(transaction: SessionTransaction) -> SessionTransaction:

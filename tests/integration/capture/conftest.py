@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,23 @@ class Talk(Base):
     title: Mapped[str] = mapped_column(sa.String(100), unique=True)
 
 
+#: The truth: a row beside each message, by ordinary SQL in the same transaction.
+ledger = sa.Table(
+    "ledger",
+    sa.MetaData(),
+    sa.Column("number", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("message_id", sa.Uuid, nullable=False),
+    sa.Column("key", sa.String(50)),
+)
+
+
+def empty(engine: Engine) -> None:
+    """Delete all rows."""
+    with engine.begin() as connection:
+        for table in (ledger, Base.metadata.tables["talk"], tables.pending, tables.message, tables.key):
+            connection.execute(sa.delete(table))
+
+
 @dataclass
 class World:
     """What a test of capture works with."""
@@ -54,6 +73,10 @@ class World:
     def send(self, **data: Any) -> None:
         self.signal.send(None, **{"event_id": 1, **data})
 
+    def numbers(self) -> list[Any]:
+        """Return the field `n` of each message, in the order in which a relay reads them."""
+        return [json.loads(row.body)["n"] for row in self.rows()]
+
     def rows(self) -> list[Any]:
         """Return the pending rows with their messages, in the order in which a relay reads them."""
         query = (
@@ -68,15 +91,35 @@ class World:
         return [(row.key, row.sequence) for row in self.rows()]
 
 
+@pytest.fixture(scope="package", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def shared_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A database with all tables that the tests of capture share, one after the other."""
+    with ExitStack() as stack:
+        if request.param == "postgres":
+            url = stack.enter_context(request.getfixturevalue("postgres_server").database())
+        else:
+            url = f"sqlite:///{tmp_path_factory.mktemp('capture')}/outbox.db"
+        engine = create_engine(url)
+        stack.callback(engine.dispose)
+        migrations.upgrade(engine)
+        Base.metadata.create_all(engine)
+        ledger.create(engine)
+        yield engine
+
+
 @pytest.fixture
-def world(database_url: str) -> Iterator[World]:
-    engine = create_engine(database_url)
-    migrations.upgrade(engine)
-    Base.metadata.create_all(engine)
+def engine(shared_engine: Engine) -> Iterator[Engine]:
+    """The shared database, empty."""
+    empty(shared_engine)
+    yield shared_engine
+    shared_engine.dispose()
+
+
+@pytest.fixture
+def world(engine: Engine) -> Iterator[World]:
     sessions = scoped_session(sessionmaker(engine))
     outbox = Outbox(session=sessions, source="/tests")
     signal = Namespace().signal("talks_modified")
     outbox.capture(signal, topic="talk.modified", key="event:{event_id}")
     yield World(engine, sessions, outbox, signal)
     sessions.remove()
-    engine.dispose()

@@ -1,0 +1,130 @@
+"""What is refused, in which words, and that nothing commits without its message afterwards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import Session
+
+from outbox import CaptureError, InvalidMessage, Outbox, OutboxError, database
+from outbox.database import create_engine
+from tests.integration.capture.conftest import Talk, World
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_without_a_transaction_it_is_refused(world: World) -> None:
+    with pytest.raises(CaptureError, match="signal 'talks_modified': no transaction is open on the session"):
+        world.send()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"x": float("nan")}, r"data\.x is nan"),
+        ({"x": [1, {"y": {1, 2}}]}, r"data\.x\[1\]\.y is a set"),
+        ({"x": Talk(title="t")}, r"data\.x is a Talk, a database object"),
+        ({"x": "\ud800"}, r"data\.x is text that UTF-8 can't express"),
+        ({"event_id": None}, "event_id is None; flush before you send"),
+        ({"x": "y" * 300_000}, "more than OUTBOX_MAX_BODY=262144"),
+        ({"event_id": "k" * 256}, "key .* has 262 bytes"),
+    ],
+)
+def test_what_cannot_be_a_message_is_refused_and_dooms_the_transaction(world: World, data: dict[str, Any], words: str) -> None:
+    session = world.begin()
+    session.add(Talk(title="beside it"))
+    with pytest.raises(InvalidMessage, match=f"signal 'talks_modified': .*{words}"):
+        world.send(**data)
+    with pytest.raises(CaptureError, match="can only be rolled back"):
+        session.commit()
+    session.rollback()
+    assert world.rows() == []
+    assert session.scalar(sa.select(sa.func.count()).select_from(Talk)) == 0
+
+
+def test_a_cycle_is_refused(world: World) -> None:
+    world.begin()
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    with pytest.raises(InvalidMessage, match="contains itself"):
+        world.send(x=cycle)
+
+
+def test_a_refusal_inside_a_savepoint_dooms_the_savepoint_alone(world: World) -> None:
+    session = world.begin()
+    world.send(n=1)
+    savepoint = session.begin_nested()
+    with pytest.raises(InvalidMessage):
+        world.send(event_id=None)
+    with pytest.raises(CaptureError, match="can only be rolled back"):
+        savepoint.commit()
+    savepoint.rollback()
+    session.commit()
+    assert world.numbers() == [1]
+
+
+@pytest.mark.parametrize("header", [{"CC": "x"}, {"type": "x"}, {"x-match": "x"}, {"Tenant": "x"}, {"a": "é\n"}])
+def test_reserved_and_impossible_headers_are_refused(world: World, header: dict[str, str]) -> None:
+    world.begin()
+    with pytest.raises(InvalidMessage, match="header"):
+        world.outbox.send("a.b", 1, headers=header)
+
+
+def test_autocommit_is_refused(world: World) -> None:
+    engine = world.engine.execution_options(isolation_level="AUTOCOMMIT")
+    with Session(engine) as session:
+        session.begin()
+        with pytest.raises(CaptureError, match="AUTOCOMMIT"):
+            world.outbox.send("a.b", 1, session=session)
+        session.rollback()
+    with engine.connect() as connection, connection.begin(), pytest.raises(CaptureError, match="AUTOCOMMIT"):
+        world.outbox.send("a.b", 1, session=connection)
+
+
+def test_a_second_database_in_the_transaction_is_refused(world: World, tmp_path: Path) -> None:
+    other = create_engine(f"sqlite:///{tmp_path}/other.db")
+    session = world.begin()
+    session.execute(sa.text("SELECT 1"))
+    session.connection(bind_arguments={"bind": other})
+    with pytest.raises(CaptureError, match="second database"):
+        world.send()
+    session.rollback()
+    session.begin()
+    world.send()
+    session.connection(bind_arguments={"bind": other})
+    with pytest.raises(CaptureError, match="second database"):
+        session.commit()
+    session.rollback()
+    assert world.rows() == []
+    other.dispose()
+
+
+def test_a_sqlite_engine_without_begin_is_refused_in_a_savepoint(world: World, tmp_path: Path) -> None:
+    raw = sa.create_engine(f"sqlite:///{tmp_path}/raw.db")
+    with Session(raw) as session:
+        session.begin()
+        session.begin_nested()
+        session.execute(sa.text("SELECT 1"))
+        with pytest.raises(CaptureError, match=r"outbox\.database\.prepare"):
+            world.outbox.send("a.b", 1, session=session)
+        session.rollback()
+    assert not database.is_prepared(raw)
+
+
+@pytest.mark.parametrize("source", [async_sessionmaker(), 42])
+def test_what_gives_no_session_is_refused(source: Any) -> None:
+    with pytest.raises(OutboxError, match="session="):
+        Outbox(session=source, source="/x")
+
+
+def test_without_any_session_the_next_step_is_named() -> None:
+    from blinker import Signal
+
+    signal, outbox = Signal(), Outbox(source="/x")
+    outbox.capture(signal, topic="a.b")
+    with pytest.raises(CaptureError, match=r"no session can be found for it; send inside `with app\.app_context\(\):`"):
+        signal.send(None)
