@@ -6,6 +6,7 @@ Every answer in these tests is held to /openapi.json.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,21 @@ def empty_postgres_url(shared_postgres_url: str) -> str:
     return shared_postgres_url
 
 
-@pytest.fixture(params=["sqlite_url", pytest.param("empty_postgres_url", marks=pytest.mark.postgres)])
+@pytest.fixture(scope="package")
+def made_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with all tables and no row, to copy."""
+    path = tmp_path_factory.mktemp("publisher") / "made.db"
+    database.of(application(f"sqlite:///{path}")).engine.dispose()
+    return path
+
+
+@pytest.fixture
+def empty_sqlite_url(made_sqlite: Path, tmp_path: Path) -> str:
+    """A new file with all tables and no row."""
+    return f"sqlite:///{shutil.copy(made_sqlite, tmp_path / 'openevent.db')}"
+
+
+@pytest.fixture(params=["empty_sqlite_url", pytest.param("empty_postgres_url", marks=pytest.mark.postgres)])
 def app(request: pytest.FixtureRequest) -> Iterator[Flask]:
     """The application: the test runs on SQLite and on PostgreSQL."""
     made = application(request.getfixturevalue(request.param))

@@ -197,7 +197,7 @@ def test_a_database_that_another_holds_for_too_long_can_be_tried_again(sqlite_ur
     app = application(sqlite_url)
     engine = database.of(app).engine
     engine.dispose()
-    sa.event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=10"))
+    sa.event.listen(engine, "checkout", lambda connection, *_: connection.execute("PRAGMA busy_timeout=10"))
 
     with engine.begin():  # holds the only writer's place
         answer = app.test_client().post("/v1/events", json=EVENT)
