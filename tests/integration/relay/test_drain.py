@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import pytest
@@ -119,6 +119,27 @@ def test_keys_and_topics_are_compared_byte_by_byte(engine: Engine) -> None:
     ids = written(engine, *(keyed(key=name) for name in names))
     for name, id_ in zip(names, ids, strict=True):
         assert read(engine, exclude=Exclusions(keys=[other for other in names if other != name])) == [id_]
+
+
+def test_what_holds_a_key_is_found_by_the_small_index_of_holding_rows_and_without_a_join(engine: Engine) -> None:
+    """Whatever the statistics say: a plan that walks a backlog for each row would stop a relay when it matters."""
+    explain = "EXPLAIN QUERY PLAN" if engine.dialect.name == "sqlite" else "EXPLAIN"
+    plans: list[str] = []
+
+    def keep_plan(connection: sa.Connection, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "outbox_pending AS h" in statement and not plans:
+            plans.append("")
+            rows = connection.exec_driver_sql(f"{explain} {statement}", parameters).all()
+            plans[0] = "\n".join(str(row) for row in rows)
+
+    sa.event.listen(engine, "after_cursor_execute", keep_plan)
+    try:
+        read(engine)
+    finally:
+        sa.event.remove(engine, "after_cursor_execute", keep_plan)
+    assert "outbox_pending_holding" in plans[0]
+    assert "SubPlan" in plans[0] or "CORRELATED SCALAR SUBQUERY" in plans[0]
+    assert "Seq Scan on outbox_pending h" not in plans[0]
 
 
 # --- messages ---
