@@ -9,6 +9,7 @@ import pytest
 
 from tests.faults.verdicts import RELAY_ENV, nothing_wrong
 from tests.kit.waiting import eventually
+from tests.kit.world import end
 
 if TYPE_CHECKING:
     import random
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.faults
 #: Failpoint → after how many times at most it kills. R1 is passed twenty times a second, K6 only by what is to be parked.
 RELAY = {"R1": 20, "R2": 5, "R3": 30, "R4": 3, "R5": 4, "R6": 4, "R7": 1}
 SERVICE = {"K1": 60, "K2": 5, "K3": 5, "K4": 5, "K5": 5, "K6": 1}
-WRITER = {"C1": 30, "C2": 5, "C3": 5}
+WRITER = {"C1": 30, "C2": 5, "C3": 5, "C4": 5}
 #: The embedded broker answers within the call, so there is no half of a window; E1 and E2 are before its own commits.
 EMBEDDED_RELAY = {"R2": 3, "R3": 30, "R5": 3, "E1": 5}
 EMBEDDED_SERVICE = {"K3": 3, "K4": 3, "K6": 1, "E2": 5}
@@ -57,12 +58,6 @@ class Killed:
             self._next()
         return not self._plan
 
-    def end(self) -> None:
-        """Let it end in order, once it is there to be told."""
-        self.process.wait_for_line("started|writing")
-        self.process.terminate()
-        assert self.process.wait(60) == 0, self.process.output
-
 
 def _until_all_have_died(victims: Iterable[Killed], timeout: float) -> None:
     # All are looked after each time, not only the first that is not finished.
@@ -82,8 +77,7 @@ def test_relay_service_and_writers_killed_at_each_step_lose_nothing_and_keep_the
 
     _until_all_have_died([relays, services, *writers], timeout=180)
 
-    for each in (*writers, relays, services):
-        each.end()
+    end(*(each.process for each in (*writers, relays, services)))
     world.drain()
     nothing_wrong(world, faults=len(relays.dead), relays=[*relays.dead, relays.process])
 
@@ -97,7 +91,6 @@ def test_the_embedded_mode_survives_the_same(small_world: World, chance: random.
 
     _until_all_have_died([relays, services, *writers], timeout=100)
 
-    for each in (*writers, relays, services):
-        each.end()
+    end(*(each.process for each in (*writers, relays, services)))
     world.drain()
     nothing_wrong(world, faults=len(relays.dead), relays=[*relays.dead, relays.process])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from tests.faults.verdicts import RELAY_ENV, nothing_wrong
 from tests.kit.history import judge
 from tests.kit.waiting import eventually
-from tests.kit.world import EXCHANGE, TAP, World, rabbit_world
+from tests.kit.world import EXCHANGE, TAP, World, end, rabbit_world
 from tests.kit.writers import Writer
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.conftest import Spawn
-    from tests.kit.processes import Process
     from tests.kit.servers import ExternalPostgres, PostgresServer, RabbitServer
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
@@ -44,10 +42,7 @@ def _writing(world: World, chance: random.Random, count: int = 2) -> Iterator[No
     for writer in writers:
         writer.wait_for_line("writing")
     yield
-    for writer in writers:
-        writer.terminate()
-    for writer in writers:
-        assert writer.wait() == 0, writer.output
+    end(*writers)
 
 
 def _more_is_published(world: World, by: int = 50, timeout: float = 60.0) -> None:
@@ -59,13 +54,6 @@ def _more_is_published(world: World, by: int = 50, timeout: float = 60.0) -> Non
 def _more_is_applied(world: World, by: int = 50, timeout: float = 60.0) -> None:
     before = world.service_status()["applied_total"]
     eventually(lambda: world.service_status()["applied_total"] >= before + by, timeout, f"{by} more to be applied", 0.1)
-
-
-def _end(*processes: Process) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        assert process.wait() == 0, process.output
 
 
 # --- the broker -----------------------------------------------------------------------------------------------------------
@@ -89,7 +77,7 @@ def test_a_broker_that_is_down_at_the_start_and_killed_with_an_open_window_is_fo
         rabbit.start()
         _more_is_applied(world)
     world.settled()
-    _end(relay, service)
+    end(relay, service)
     nothing_wrong(world, faults=2, relays=[relay])
 
 
@@ -103,7 +91,7 @@ def test_connections_that_are_closed_every_two_seconds_cost_duplicates_and_nothi
             _more_is_published(world, by=20)
             rabbit.close_all_connections()  # takes a second or two
     world.settled()
-    _end(relay, service)
+    end(relay, service)
     assert relay.output.count("broker.lost") >= 1
     nothing_wrong(world, faults=closed, relays=[relay])
 
@@ -128,7 +116,7 @@ def test_a_broker_without_memory_takes_nothing_keeps_serving_consumers_and_is_le
         rabbit.clear_memory_alarm()
         _more_is_published(world)
     world.settled()
-    _end(relay, service)
+    end(relay, service)
     nothing_wrong(world, faults=1, relays=[relay])
 
 
@@ -148,7 +136,7 @@ def test_an_exchange_that_is_deleted_while_publishing_loses_nothing(
         relay.cont()
         _more_is_applied(world)
     world.settled()
-    _end(relay, service)
+    end(relay, service)
     nothing_wrong(world, faults=1, relays=[relay])
 
 
@@ -177,7 +165,7 @@ def test_messages_nobody_listens_to_wait_and_leave_in_sequence_when_the_binding_
         relay_again.wait_for_line("works on all")
         _bind(world, "queue_bind")
         eventually(lambda: world.status()["pending"] + world.status()["unroutable"] == 0, 60, "all to leave", 0.1)
-    _end(relay_again, service)
+    end(relay_again, service)
     verdict = judge(world.ledger("topic LIKE 'quiet.%'"), world.tap())
     assert verdict.problems() == {}
 
@@ -205,7 +193,7 @@ def test_a_database_that_crashes_between_any_two_steps_of_the_relay_costs_nothin
         relay, service = world.relay(failpoints=plan, **RELAY_ENV), world.service()
         with _writing(world, chance):
             for _ in steps:
-                eventually(lambda: _is_stopped(relay), 60, "the relay to stop at a failpoint")
+                eventually(lambda: relay.stopped, 60, "the relay to stop at a failpoint")
                 postgres.kill()
                 postgres.start()
                 relay.cont()
@@ -215,10 +203,5 @@ def test_a_database_that_crashes_between_any_two_steps_of_the_relay_costs_nothin
                 _more_is_published(world, by=20)
         world.settled()
         assert world.status()["relays"][0]["shards"] == 64
-        _end(relay, service)
+        end(relay, service)
         nothing_wrong(world, faults=len(steps) + 3, relays=[relay])
-
-
-def _is_stopped(process: Process) -> bool:
-    """Whether it was stopped by SIGSTOP."""
-    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

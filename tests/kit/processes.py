@@ -89,6 +89,12 @@ class Process:
         return self._process.poll()
 
     @property
+    def stopped(self) -> bool:
+        """Whether it hangs by a SIGSTOP, its own or another's."""
+        status = subprocess.run(["ps", "-o", "stat=", "-p", str(self.pid)], capture_output=True, text=True).stdout
+        return status.strip().startswith("T")
+
+    @property
     def output(self) -> str:
         """Everything it has printed so far, both streams."""
         return self.log.read_text(errors="replace")

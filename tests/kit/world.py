@@ -222,6 +222,15 @@ def embedded_world(spawn: Spawn, folder: Path, **env: str) -> World:
     return World(given | env, spawn)
 
 
+def end(*processes: Process) -> None:
+    """Let relays, services and writers end in order, once they are there to be told."""
+    for process in processes:
+        process.wait_for_line("started|writing")
+        process.terminate()
+    for process in processes:
+        assert process.wait(60) == 0, process.output
+
+
 def _entry(body: bytes) -> Entry:
     event = json.loads(body)
     data = base64.b64decode(event["data_base64"]) if "data_base64" in event else event.get("data")

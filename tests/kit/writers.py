@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
-from blinker import Namespace
+from blinker import NamedSignal
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -43,8 +43,6 @@ ledger = sa.Table(
     sa.Column("digest", sa.String(16), nullable=False),
 )
 
-work_done = Namespace().signal("work-done")
-
 
 class Writer:
     """Transactions of every shape on one database, decided by *chance*."""
@@ -55,7 +53,8 @@ class Writer:
         self._keyed_topic, self._unkeyed_topic = topics
         self._session = Session(self._engine)
         self._outbox = Outbox(session=lambda: self._session, engine=self._engine, source="/tests")
-        self._outbox.capture(work_done, topic=self._keyed_topic, key="{key}")
+        self._work_done = NamedSignal("work-done")
+        self._outbox.capture(self._work_done, topic=self._keyed_topic, key="{key}")
 
     def transaction(self) -> None:
         """Commit, or roll back, one transaction."""
@@ -98,7 +97,7 @@ class Writer:
     def send_signal(self, key: str, text: str) -> None:
         """One message by way of the captured signal."""
         data: dict[str, Any] = {"key": key, "text": text}
-        [(_, message_id)] = work_done.send(None, **data)
+        [(_, message_id)] = self._work_done.send(None, **data)
         self._note(message_id, self._keyed_topic, key, data)
 
     def send(self, topic: str, data: Any, key: str | None) -> None:
