@@ -91,9 +91,8 @@ class Link:
         def received(message: Any) -> None:
             info = message.delivery_info
             headers = message.headers or {}
-            body = message.body
             arrival = arrivals.read(
-                body if isinstance(body, bytes) else bytes(body),
+                message.body or b"",  # py-amqp's empty body is a text
                 routing_key=info["routing_key"],
                 properties={**message.properties, "headers": headers} if headers else message.properties,
                 headers=headers,

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _parked, _key, _counter, _process = tables.parked, tables.key, tables.counter, tables.process
 _SUMS = [sa.func.coalesce(sa.func.sum(_counter.c[name]), 0).label(name) for name in ("applied", "duplicates", "late", "gaps")]
-_ALIVE = timedelta(seconds=8 * SEEN_SECONDS)
+_USUAL = timedelta(seconds=SEEN_SECONDS)
+_ALIVE = 8 * _USUAL
 
 
 def open_engine(service: Service, settings: Settings) -> Engine:
@@ -307,7 +308,9 @@ def status(engine: Engine, service: Service, now: datetime | None = None) -> Sta
 
 def _lag(processes: Sequence[Row[Any]], alive: Sequence[Row[Any]], now: datetime) -> float | None:
     if any(each.connected for each in alive):
-        moments = [each.oldest_at for each in alive if each.oldest_at is not None]
-        return max(0.0, (now - min(moments)).total_seconds()) if moments else 0.0
-    moments = [each.caught_up_at or each.started_at for each in processes]
-    return max(0.0, (now - max(moments)).total_seconds()) if moments else None
+        # A row that is not written in time says nothing of what came since: on SQLite a slow handler keeps it from being.
+        silent = [each.seen_at for each in alive if now - each.seen_at > 2 * _USUAL]
+        waiting = [each.oldest_at for each in alive if each.oldest_at is not None]
+        return float(max((now - each).total_seconds() for each in [*silent, *waiting, now]))
+    since = [each.caught_up_at or each.started_at for each in processes]
+    return max(0.0, (now - max(since)).total_seconds()) if since else None

@@ -31,6 +31,8 @@ _process = tables.process
 SEEN_SECONDS = 2.0
 _LOOK_SECONDS = 0.5
 _PRUNE_SECONDS = 60.0
+#: How long the end of the process waits for its last row: on SQLite a handler that hangs keeps it from being written.
+_LAST_WRITE_SECONDS = 2.0
 #: Ids forgotten in one transaction: small, so that no handler waits for it.
 _PRUNE_ROWS = 1_000
 _PROCESS_DAYS = 1
@@ -70,7 +72,7 @@ class Upkeep:
     def stop(self) -> None:
         """Write that the process ended."""
         self._ended.set()
-        self._thread.join(5.0)
+        self._thread.join(_LAST_WRITE_SECONDS)
 
     def look(self, link: Link | None, *, now: bool = False) -> None:
         """Take notice of how the receiving thread stands; called by it at every turn, it looks only now and then."""
