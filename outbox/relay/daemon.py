@@ -18,6 +18,7 @@ from outbox.backoff import Backoff
 from outbox.http import Health, Server
 from outbox.logs import say
 from outbox.relay import open_broker, telemetry
+from outbox.relay.availability import Availability
 from outbox.relay.listen import Listener
 from outbox.relay.pump import Limits, Pump
 from outbox.relay.shards import Shards, boottime
@@ -47,6 +48,8 @@ _FORGET_SECONDS = 3600.0
 #: A loop that has not turned for this long, though no database made it wait, hangs.
 _LIVE_SECONDS = 30.0
 _STOP_BROKER_SECONDS = 2.0
+#: How long `--once` and `--drain` wait for a broker that refuses us: long enough for a service to declare the exchange.
+_REFUSED_SECONDS = 5.0
 
 
 class Mode(Enum):
@@ -148,7 +151,7 @@ class Relay:
             relay_id=self.id,
             clock=clock,
         )
-        self._database = _Database(clock)
+        self._database = Availability(clock)
         self._announcer = telemetry.Announcer(log)
         self._stopping = False
         self._state = "starting"
@@ -293,10 +296,11 @@ class Relay:
                     self._forget_at = now + _FORGET_SECONDS
                     leases.forget_old(connection)
         if now >= self._census_at and self._mode is Mode.RUN:
+            began = self._clock()
             with database.reading(self._engine).connect() as connection:
                 telemetry.show(drain.census(connection))
             ended = self._clock()
-            self._census_at = ended + max(_CENSUS_SECONDS, (ended - now) * _CENSUS_SPACING)
+            self._census_at = ended + max(_CENSUS_SECONDS, (ended - began) * _CENSUS_SPACING)
 
     # --- ending ---
 
@@ -342,7 +346,8 @@ class Relay:
         return None
 
     def _out_of_patience(self, now: float) -> bool:
-        return self._mode is not Mode.RUN and now - self._progress_at > self._patience
+        patience = min(self._patience, _REFUSED_SECONDS) if self._broker.state().refused else self._patience
+        return self._mode is not Mode.RUN and now - self._progress_at > patience
 
     def _obstacle(self) -> str:
         broker = self._broker.state()
@@ -385,61 +390,3 @@ class Relay:
         ok = broker.connected and not self._database.problem and role != "starting"
         detail = {"role": role, "database": self._database.problem or "ok", "broker": broker.detail or "ok"}
         return Health(ok, detail)
-
-
-class _Database:
-    """Whether the database answers; says so when that changes, and paces new attempts."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._announcer = telemetry.Announcer(log)
-        self._announcer.first("database", "answers")
-        self._backoff = Backoff(0.2, 5.0)
-        self._failures = 0
-        self._retry_at = 0.0
-        self.problem = ""
-        self.in_use = False
-
-    def may_try(self, now: float) -> bool:
-        return now >= self._retry_at
-
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[None]:
-        """Run a block that uses the database; its failures end the block and are kept here."""
-        self.in_use = True
-        try:
-            yield
-        except Exception as error:
-            if not drain.is_trouble(error):
-                raise
-            self._failed(drain.describe(error))
-        else:
-            self._worked()
-        finally:
-            self.in_use = False
-
-    def within(self, use: Callable[[], None]) -> bool:
-        """Call *use*; False when the database failed, or failed a moment ago."""
-        if not self.may_try(self._clock()):
-            return False
-        with self.attempt():
-            use()
-            return True
-        return False
-
-    def _failed(self, problem: str) -> None:
-        self._failures += 1
-        self._retry_at = self._clock() + self._backoff.ceiling(self._failures)
-        self.problem = problem
-        self._announcer.state(
-            "database",
-            "lost",
-            logging.WARNING,
-            "the database does not answer; what was confirmed is kept and settled later",
-            problem=problem,
-        )
-
-    def _worked(self) -> None:
-        if self.problem:
-            self._announcer.state("database", "answers", logging.INFO, "the database answers again")
-        self._failures, self.problem, self._retry_at = 0, "", 0.0

@@ -40,7 +40,7 @@ _WINDOW_BYTES, _READ_BYTES, _LOADED_BYTES = 32 << 20, 8 << 20, 64 << 20
 #: Rows of one key in memory: one hot key must not fill it.
 _ROWS_PER_KEY = 100
 #: Answers wait this long for company before they are settled; alone they would cost a commit each.
-_SETTLE_SECONDS = 0.01
+_SETTLE_SECONDS = 0.02
 #: While messages flow, and for this long after a wake-up that brought nothing, reads come this close together.
 _WOKEN_READ_SECONDS, _FLOWING_READ_SECONDS = 0.0015, 0.1
 
@@ -164,7 +164,7 @@ class Pump:
         culprits = self._caution.lost(sent, were_flying=were_flying, blamed=blamed)
         for item, answer in lost:
             telemetry.FAILURES.labels(telemetry.reason(answer.outcome, answer.detail)).inc()
-            if self._shards.epochs.get(item.row.shard) != item.epoch:
+            if self._shards.epochs.get(item.row.shard, 0) != item.epoch:
                 self.lanes.forget(item)
             elif item.row.id in culprits:
                 detail = f"the connection is lost whenever it is sent: {answer.detail}"
@@ -262,7 +262,7 @@ class Pump:
 
     def _item(self, row: Row, content: drain.Content) -> Item:
         message = content.found.get(row.message_row)
-        epoch = self._shards.epochs[row.shard]
+        epoch = self._shards.epochs.get(row.shard, 0)
         if isinstance(message, Message):
             return Item(row, Outgoing(row.id, message), len(message.body) + _ENVELOPE_BYTES, epoch)
         problem = str(message) if message is not None else f"its row {row.message_row} of outbox_message is gone"

@@ -31,12 +31,14 @@ _REASONS = {
     Outcome.REFUSED: "refused",
     Outcome.LOST: "lost",
 }
+#: How an adapter words why it dropped a connection, in `Answer.detail`.
+_LOSSES = {"no confirm came": "silent", "takes no messages": "blocked"}
 
 
 def reason(outcome: Outcome, detail: str) -> str:
     """Return the label for an answer that is no confirm."""
     if outcome is Outcome.LOST:
-        return next((word for word in ("silent", "blocked") if word in detail), "lost")
+        return next((label for words, label in _LOSSES.items() if words in detail), "lost")
     return _REASONS[outcome]
 
 

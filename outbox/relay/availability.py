@@ -1,0 +1,77 @@
+"""Whether the database answers. The relay outlives its database: what fails is kept, and tried again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from outbox.backoff import Backoff
+from outbox.relay.telemetry import Announcer
+from outbox.store import drain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+log = logging.getLogger(__name__)
+
+
+class Availability:
+    """Says once that the database is away, and once that it is back; paces new attempts meanwhile."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._announcer = Announcer(log)
+        self._announcer.first("database", "answers")
+        self._backoff = Backoff(0.2, 5.0)
+        self._failures = 0
+        self._retry_at = 0.0
+        #: What the driver said; empty while the database answers.
+        self.problem = ""
+        #: A call is under way, which may take as long as the database takes.
+        self.in_use = False
+
+    def may_try(self, now: float) -> bool:
+        """Say whether the database answered, or it is time to see whether it does."""
+        return now >= self._retry_at
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Run a block that uses the database; its failures end the block and are kept here."""
+        self.in_use = True
+        try:
+            yield
+        except Exception as error:
+            if not drain.is_trouble(error):
+                raise
+            self._failed(drain.describe(error))
+        else:
+            self._worked()
+        finally:
+            self.in_use = False
+
+    def within(self, use: Callable[[], None]) -> bool:
+        """Call *use*; False when the database failed, or failed a moment ago."""
+        if not self.may_try(self._clock()):
+            return False
+        with self.attempt():
+            use()
+            return True
+        return False
+
+    def _failed(self, problem: str) -> None:
+        self._failures += 1
+        self._retry_at = self._clock() + self._backoff.ceiling(self._failures)
+        self.problem = problem
+        self._announcer.state(
+            "database",
+            "lost",
+            logging.WARNING,
+            "the database does not answer; what was confirmed is kept and settled later",
+            problem=problem,
+        )
+
+    def _worked(self) -> None:
+        if self.problem:
+            self._announcer.state("database", "answers", logging.INFO, "the database answers again")
+        self._failures, self.problem, self._retry_at = 0, "", 0.0
