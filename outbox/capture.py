@@ -20,6 +20,7 @@ from blinker import NamedSignal, Signal
 
 from outbox.errors import CaptureError, ConfigurationError, InvalidMessage
 from outbox.message import check_name
+from outbox.store.write import check_unheard
 
 #: What can name a key. Floats can't: 0.1 + 0.2 would be another key than 0.3.
 _KEY_TYPES = (str, int, UUID, date, Decimal)
@@ -90,12 +91,9 @@ class Capture:
         self.signal_name = signal.name if isinstance(signal, NamedSignal) else repr(signal)
         try:
             check_name("topic", topic, forbidden="*#", blanks=False)
+            check_unheard(unheard)
         except InvalidMessage as error:
             raise ConfigurationError(f"signal {self.signal_name!r}: {error}") from error
-        if unheard not in ("hold", "drop"):
-            raise ConfigurationError(
-                f"unheard={unheard!r} is neither 'hold' (wait until a queue is bound) nor 'drop' (nobody listening is fine)"
-            )
         self.topic = topic
         self.key = None if key is None else KeyTemplate.parse(key)
         self.unheard = unheard

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -15,7 +15,10 @@ from outbox.errors import ConfigurationError
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine, ExceptionContext
     from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry
+
+AnyEngine = TypeVar("AnyEngine", "Engine", "AsyncEngine")
 
 _PREPARED = "outbox_prepared"
 #: On a connection: `_begin_immediate` has begun its transactions, this one too.
@@ -43,10 +46,19 @@ def create_engine(url: str, **options: Any) -> Engine:
         raise ConfigurationError(f"{parsed.drivername}://…: its driver is not installed ({error}); {fix}") from error
 
 
-def prepare(engine: Engine) -> Engine:
+def prepare(engine: AnyEngine) -> AnyEngine:
     """Give *engine* (also one made elsewhere) what correctness needs; doing so again changes nothing."""
-    if engine.get_execution_options().get(_PREPARED):
-        return engine
+    if not is_prepared(synchronous(engine)):
+        _prepare(synchronous(engine))
+    return engine
+
+
+def synchronous(engine: Any) -> Any:
+    """Return the engine behind an AsyncEngine, anything else as it is."""
+    return getattr(engine, "sync_engine", engine)
+
+
+def _prepare(engine: Engine) -> None:
     engine.update_execution_options(**{_PREPARED: True})
     if engine.dialect.name == "sqlite":
         # At checkout, not at connect: connections that were made before are configured, too, and none has to be closed
@@ -55,7 +67,6 @@ def prepare(engine: Engine) -> Engine:
         event.listen(engine, "begin", _begin_immediate)
     else:
         event.listen(engine, "handle_error", _drop_demoted_primary)
-    return engine
 
 
 def reading(engine: Engine) -> Engine:

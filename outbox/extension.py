@@ -34,6 +34,7 @@ from outbox.settings import Settings
 if TYPE_CHECKING:
     from blinker import Signal
     from flask import Flask
+    from sqlalchemy.orm import Session
 
     from outbox.sessions import Source
 
@@ -77,11 +78,12 @@ class Outbox:
     ) -> None:
         self._arguments = {_setting_name(name): value for name, value in options.items()}
         self._session = None if session is None else sessions.source(session)
-        self._engine = engine
+        self._engine = database.synchronous(engine)
+        self._in_app = False
         self._captures: list[tuple[Signal, Capture]] = []
         self._recorders: list[list[Message]] = []
         self._standalone: State | None = None
-        _prepare(engine or sessions.engine_of(self._session))
+        _prepare(self._engine or sessions.engine_of(self._session))
         if app is not None:
             self.init_app(app)
 
@@ -98,9 +100,10 @@ class Outbox:
         loaded = settings.load(self._arguments, config=app.config, environ=os.environ)
         if loaded.source is None:
             loaded = settings.override(loaded, {"OUTBOX_SOURCE": f"/{app.name}"})
-        known = engine or self._engine or sessions.engine_of(source)
+        known = database.synchronous(engine) or self._engine or sessions.engine_of(source)
         find_engine = _FlaskEngine(app, source, loaded) if known is None else lambda: known
         app.extensions["outbox"] = State(self, loaded, source, find_engine)
+        self._in_app = True
         _prepare(known)
         _prepare_flask_engines(app)
         app.cli.add_command(import_module("outbox.cli").group)
@@ -151,20 +154,18 @@ class Outbox:
         """Hold a message without a signal, and return its id.
 
         *data* is anything JSON, or bytes with another *content_type*; *key* is the key itself. *session* is a session, or a
-        Core connection on which it is written at once; left out, it is the current session. Raises InvalidMessage and
-        CaptureError; after either the transaction can only be rolled back.
+        Core connection on which it is written at once (that of a session stands for the session); left out, it is the
+        current session. Raises InvalidMessage and CaptureError; after either the transaction can only be rolled back.
         """
-        target = sessions.connection_of(session)
         state = self._state(None)
+        target = self._target(state, session)
         by = "outbox.send()"
-        if isinstance(target, Connection):
+        with holding.dooming(target, by):
             sent = self._sent(state, _build(state.settings, topic, data, key, headers, content_type), unheard, by)
-            holding.hold_on_connection(target, sent)
-        else:
-            db_session = sessions.current(state.session if target is None else target)
-            with holding.dooming(db_session, by):
-                sent = self._sent(state, _build(state.settings, topic, data, key, headers, content_type), unheard, by)
-                holding.hold(db_session, self._engine, sent)
+            if isinstance(target, Connection):
+                holding.hold_on_connection(target, sent)
+            else:
+                holding.hold(target, self._engine, sent)
         self._record(sent)
         return sent.message.id
 
@@ -202,6 +203,14 @@ class Outbox:
         self._record(sent)
         return built.id
 
+    def _target(self, state: State, given: Any) -> Session | Connection:
+        if given is None:
+            return sessions.current(state.session)
+        target = sessions.connection_of(given)
+        if isinstance(target, Connection):
+            return holding.session_of(target) or target
+        return sessions.current(target)
+
     def _sent(self, state: State, built: Message, unheard: str, by: str) -> Sent:
         return Sent(message=built, unheard=unheard, by=by, recorders=tuple(self._recorders), context=_context_of(state))
 
@@ -210,21 +219,24 @@ class Outbox:
             recorder.append(sent.message)
 
     def _state(self, sender: object) -> State:
-        """Return the state of the app that *sender* is, else of the current app, else of this outbox without Flask."""
+        """Return the state of the app that *sender* is, else of the current app, else of this outbox without Flask.
+
+        An outbox that no app has is without Flask everywhere: another outbox of the app does not speak for it.
+        """
         app = _app_of(sender)
-        if app is not None:
-            state: State | None = app.extensions.get("outbox")
-            if state is not None:
-                return state
-            if self._session is None:
-                raise CaptureError(f"app {app.name!r} has no outbox; call outbox.init_app(app) in its factory")
+        state: State | None = None if app is None else app.extensions.get("outbox")
+        if state is not None and (self._in_app or state.outbox is self):
+            return state
         if self._standalone is None:
-            self._standalone = self._without_flask()
+            self._standalone = self._without_flask(app)
         return self._standalone
 
-    def _without_flask(self) -> State:
+    def _without_flask(self, app: Flask | None) -> State:
         loaded = settings.load(self._arguments, environ=os.environ)
         if loaded.source is None:
+            if app is not None:
+                has = "another" if "outbox" in app.extensions else "no"
+                raise CaptureError(f"app {app.name!r} has {has} outbox; call outbox.init_app(app) in its factory")
             raise ConfigurationError(
                 "OUTBOX_SOURCE is not set: which application says it; make the outbox with Outbox(source='/shop'), or send "
                 "inside `with app.app_context():`"
@@ -253,6 +265,8 @@ def _known(engine: Engine | None) -> Engine:
 def _build(given: Settings, topic: str, data: Any, key: str | None, headers: Mapping[str, str], content_type: str) -> Message:
     """Return the message, complete and final: later changes of what *data* holds change nothing."""
     limit = given.max_body_bytes
+    if not isinstance(headers, Mapping):
+        raise InvalidMessage(f"headers is a {type(headers).__name__}; give a mapping of names to texts")
     if content_type == JSON:
         body = message.encode(data, limit=limit)
     elif isinstance(data, (bytes, bytearray)) and len(data) <= limit:

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine, NestedTransaction, TwoPhaseTransaction
-from sqlalchemy.exc import MissingGreenlet, SQLAlchemyError, UnboundExecutionError
+from sqlalchemy.exc import MissingGreenlet, SQLAlchemyError, StatementError, UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction
 
 from outbox import database, failpoints, fates, tables
@@ -28,7 +28,10 @@ from outbox.fates import Sent, savepoints
 from outbox.store.write import write
 from outbox.wakeup import Throttle
 
-_WORK = "outbox"
+#: Where a session keeps its `_Work`. Not in `session.info`: that is the application's, which may clear it.
+_WORK = "_outbox_work"
+#: In `connection.info`: a weak reference to the session that last began on it.
+_SESSION = "outbox_session"
 #: One for each database: a notification to one wakes nobody at the other.
 _throttles: WeakKeyDictionary[Engine, Throttle] = WeakKeyDictionary()
 
@@ -62,7 +65,7 @@ class _Work:
     had_savepoint: bool = False
     #: The outbox's, where the session alone does not say.
     engine: Engine | None = None
-    connections: WeakSet[Connection] = field(default_factory=WeakSet)
+    connections: list[Connection] = field(default_factory=list)
     #: Savepoints on these connections that the session made itself.
     savepoints: WeakSet[NestedTransaction] = field(default_factory=WeakSet)
 
@@ -86,9 +89,11 @@ def hold(session: Session, engine: Engine | None, sent: Sent) -> None:
     work.engine = engine or work.engine
     bind = _bind(session, work)
     if bind is not None:
-        _refuse_autocommit(bind)
+        for used in work.connections or (bind,):
+            _refuse_autocommit(used)
         _refuse_second_database(work, bind.engine)
-        _refuse_savepoint_without_begin(session, work, bind)
+        with _on_greenlet():
+            _refuse_savepoint_without_begin(session, work, bind)
     if isinstance(bind, Connection):
         fates.follow(_write_now(session, work, sent), sent)
     elif _is_in_foreign_savepoint(work):
@@ -106,30 +111,53 @@ def hold(session: Session, engine: Engine | None, sent: Sent) -> None:
 
 
 def hold_on_connection(connection: Connection, sent: Sent) -> None:
-    """Write *sent* at once in the transaction that is open on *connection*; after an error that is rolled back."""
+    """Write *sent* at once in the transaction that is open on *connection*."""
     if not connection.in_transaction():
         raise CaptureError("no transaction is open on the connection; send inside `with connection.begin():`")
-    with _rolling_back(connection):
-        _refuse_autocommit(connection)
+    _refuse_autocommit(connection)
+    with _on_greenlet():
         if connection.dialect.name == "sqlite":
             _secure_sqlite(connection, had_savepoint=False)
         _write_one(connection, sent)
     fates.follow(connection, sent)
 
 
+def session_of(connection: Connection) -> Session | None:
+    """Return the session that began the transaction of *connection*; None where the connection is nobody's but its own.
+
+    What the listener of a mapper sends on its connection has its place among what the session sends.
+    """
+    weak: ref[Session] | None = connection.info.get(_SESSION)
+    session = None if weak is None else weak()
+    work = None if session is None else _known_work(session)
+    if session is None or work is None or connection not in work.connections or isinstance(_bind(session, work), Connection):
+        return None
+    return session
+
+
 @contextmanager
-def dooming(session: Session, by: str) -> Iterator[None]:
-    """After an error inside, the innermost transaction of *session* can only be rolled back: *by*'s message is missing."""
+def dooming(target: Session | Connection, by: str) -> Iterator[None]:
+    """After an error inside, the innermost transaction of *target* can't commit: *by*'s message is missing from it.
+
+    That of a session refuses to commit, that of a connection is rolled back.
+    """
     try:
         yield
-    except Exception as error:
-        owner = session.get_nested_transaction() or session.get_transaction()
-        if owner is not None:
-            level = _work_of(session).level(owner)
-            level.doomed = level.doomed or f"{by}: {error}"
-        if isinstance(session.bind, Connection):
-            _roll_back(session.bind)  # its owner may commit without asking the session
+    except BaseException as error:  # time-outs of gevent and Ctrl-C are no Exception
+        if isinstance(target, Connection):
+            _roll_back(target)
+        else:
+            _doom(target, f"{by}: {error}")
         raise
+
+
+def _doom(session: Session, reason: str) -> None:
+    owner = session.get_nested_transaction() or session.get_transaction()
+    if owner is not None:
+        level = _work_of(session).level(owner)
+        level.doomed = level.doomed or reason
+    if isinstance(session.bind, Connection):
+        _roll_back(session.bind)  # its owner may commit without asking the session
 
 
 # --- the life of a transaction ------------------------------------------------------------------------------------------
@@ -138,7 +166,9 @@ def dooming(session: Session, by: str) -> Iterator[None]:
 @event.listens_for(Session, "after_begin")
 def _after_begin(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
     work = _work_of(session)
-    work.connections.add(connection)
+    if connection not in work.connections:
+        work.connections.append(connection)
+        connection.info[_SESSION] = ref(session)
     if savepoint := connection.get_nested_transaction():
         work.savepoints.add(savepoint)
 
@@ -166,7 +196,7 @@ def _before_commit(session: Session) -> None:
 
 @event.listens_for(Session, "after_commit")
 def _after_commit(session: Session) -> None:
-    work: _Work | None = session.info.get(_WORK)
+    work = _known_work(session)
     transaction = session.get_nested_transaction() or session.get_transaction()
     if work is None or transaction is None:
         return
@@ -185,7 +215,7 @@ def _after_commit(session: Session) -> None:
 
 @event.listens_for(Session, "after_rollback")
 def _after_rollback(session: Session) -> None:
-    work: _Work | None = session.info.get(_WORK)
+    work = _known_work(session)
     transaction = session.get_nested_transaction() or session.get_transaction()
     if work is not None and transaction is not None:
         work.level(transaction).rolled_back = True
@@ -193,13 +223,13 @@ def _after_rollback(session: Session) -> None:
 
 @event.listens_for(Session, "after_transaction_end")
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    work: _Work | None = session.info.get(_WORK)
+    work = _known_work(session)
     if work is None or (transaction.parent is not None and not transaction.nested):
         return  # the inner mark of a flush is no transaction
     level = work.levels.pop(transaction, None) or _Level()
     rest = [*level.held, *level.written]
     if not transaction.nested:
-        del session.info[_WORK]
+        del session.__dict__[_WORK]
         if level.committed:
             fates.rolled_back(work.closed)
         elif level.rolled_back:
@@ -237,28 +267,32 @@ def _write_batch(session: Session, work: _Work, root: SessionTransaction) -> Non
 
 
 def _write_now(session: Session, work: _Work, sent: Sent) -> Connection:
-    # By way of the session, so that its own savepoint is there before the message.
-    try:
+    with _on_greenlet():
+        # By way of the session, so that its own savepoint is there before the message.
         connection = session.connection(bind_arguments={"bind": _known_bind(session, work)})
-    except MissingGreenlet as error:
-        raise CaptureError(_NO_GREENLET) from error
-    _refuse_on(connection, work)
-    _write_one(connection, sent)
+        _refuse_on(connection, work)
+        _write_one(connection, sent)
     return connection
 
 
 def _write_one(connection: Connection, sent: Sent) -> None:
+    # Its commit may be far away, where the throttle of today says nothing: one more hint harms nobody.
+    write(connection, [sent], notify=_may_notify(connection))
+
+
+@contextmanager
+def _on_greenlet() -> Iterator[None]:
+    """asyncio's drivers work inside an awaited call of SQLAlchemy only, which a plain `send()` is not."""
     try:
-        # Its commit may be far away, where the throttle of today says nothing: one more hint harms nobody.
-        write(connection, [sent], notify=_may_notify(connection))
-    except MissingGreenlet as error:
-        raise CaptureError(_NO_GREENLET) from error
-
-
-_NO_GREENLET = (
-    "it must be written at once here (the commit is under way, or the transaction belongs to a connection), which asyncio "
-    "can't do inside a plain call; use `await session.run_sync(lambda session: …)` and send in there"
-)
+        yield
+    except (MissingGreenlet, StatementError) as error:
+        if not isinstance(error, MissingGreenlet) and not isinstance(error.orig, MissingGreenlet):
+            raise
+        raise CaptureError(
+            "it must be written at once here (the commit is under way, or the transaction belongs to a connection), which "
+            "asyncio can't do inside a plain call; use `await session.run_sync(lambda session: …)`, or the connection's, and "
+            "send in there"
+        ) from error
 
 
 def _throttle(connection: Connection) -> Throttle:
@@ -339,7 +373,7 @@ def _secure_sqlite(connection: Connection, *, had_savepoint: bool) -> None:
     if had_savepoint or connection.in_nested_transaction():
         raise CaptureError(
             "this SQLite engine sends no BEGIN before a SAVEPOINT, so rows would survive a rollback; "
-            "call outbox.database.prepare(engine) once after making it"
+            "call outbox.database.prepare(engine) once after making it (in Flask: db.init_app(app), then outbox.init_app(app))"
         )
     database.begin_now(connection)
 
@@ -347,10 +381,14 @@ def _secure_sqlite(connection: Connection, *, had_savepoint: bool) -> None:
 # --- helpers ------------------------------------------------------------------------------------------------------------
 
 
+def _known_work(session: Session) -> _Work | None:
+    return session.__dict__.get(_WORK)
+
+
 def _work_of(session: Session) -> _Work:
-    work: _Work | None = session.info.get(_WORK)
+    work = _known_work(session)
     if work is None:
-        work = session.info[_WORK] = _Work()
+        work = session.__dict__[_WORK] = _Work()
     return work
 
 
@@ -361,7 +399,8 @@ def _bind(session: Session, work: _Work) -> Engine | Connection | None:
     except UnboundExecutionError:  # it binds single classes: the database that it uses is the one
         engines = {connection.engine for connection in work.connections}
         return work.engine or (engines.pop() if len(engines) == 1 else None)
-    return bind if work.engine is None or bind.engine is work.engine else work.engine
+    # Engines with other execution options share their pool: they are one database.
+    return bind if work.engine is None or bind.engine.pool is work.engine.pool else work.engine
 
 
 def _known_bind(session: Session, work: _Work) -> Engine | Connection:
@@ -397,15 +436,6 @@ def _enclosing(transaction: SessionTransaction) -> SessionTransaction:
     if parent is None:
         raise AssertionError("a savepoint is inside a transaction")
     return parent
-
-
-@contextmanager
-def _rolling_back(connection: Connection) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        _roll_back(connection)
-        raise
 
 
 def _roll_back(connection: Connection) -> None:

@@ -60,6 +60,7 @@ class Message:
     sequence: int | None = None
     #: The encoded data, frozen when the signal was sent; at most `OUTBOX_MAX_BODY` bytes.
     body: bytes = b""
+    #: 1 to 255 bytes, an AMQP short string too.
     content_type: str = JSON
     #: CloudEvents extension attributes, also AMQP headers: names of 1-20 lower-case letters and digits, values under 256 bytes.
     headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
@@ -71,6 +72,8 @@ class Message:
         if self.key is not None:
             check_name("key", self.key)
         check_name("source", self.source, blanks=False)
+        if self.content_type != JSON:
+            check_name("content_type", self.content_type)
         for name, value in self.headers.items():
             _check_header(name, value)
         if self.created_at.tzinfo is None:
@@ -107,9 +110,10 @@ def check_name(what: str, value: str, *, forbidden: str = "", blanks: bool = Tru
     if not 1 <= size <= MAX_NAME_BYTES:
         shown = value if size <= 60 else value[:40] + "…"
         raise InvalidMessage(f"{what} {shown!r} has {size} bytes; it must have 1 to {MAX_NAME_BYTES}")
-    for character in value:
-        if character in forbidden or not (character.isprintable()) or (not blanks and character == " "):
-            raise InvalidMessage(f"{what} {value!r} holds {character!r}, which a {what} can't hold")
+    barred = forbidden if blanks else forbidden + " "
+    if not value.isprintable() or any(character in value for character in barred):
+        wrong = next(character for character in value if character in barred or not character.isprintable())
+        raise InvalidMessage(f"{what} {value!r} holds {wrong!r}, which a {what} can't hold")
 
 
 def _check_header(name: str, value: str) -> None:

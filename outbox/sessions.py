@@ -13,6 +13,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction, scoped_session, sessionmaker
 
+from outbox import database
 from outbox.errors import CaptureError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def engine_of(given: Source | None) -> Engine | None:
     if isinstance(found, OpenSessions):
         found = found.maker
     bind = found.kw.get("bind") if isinstance(found, sessionmaker) else getattr(found, "bind", None)
-    bind = getattr(bind, "sync_engine", bind)
+    bind = database.synchronous(bind)
     return bind if isinstance(bind, Engine) else None
 
 

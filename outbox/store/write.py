@@ -18,10 +18,10 @@ from zlib import crc32
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import StatementError
 
 from outbox import tables
-from outbox.errors import SchemaError
+from outbox.errors import InvalidMessage, SchemaError
 from outbox.message import Message
 from outbox.tables import SHARDS
 from outbox.wakeup import CHANNEL
@@ -38,6 +38,17 @@ class Held:
     message: Message
     #: `hold`: it waits until somebody listens; `drop`: nobody listening is fine.
     unheard: str = "hold"
+
+    def __post_init__(self) -> None:
+        check_unheard(self.unheard)
+
+
+def check_unheard(value: str) -> None:
+    """Raise InvalidMessage unless *value* says what becomes of a message that no queue takes."""
+    if value not in ("hold", "drop"):
+        raise InvalidMessage(
+            f"unheard={value!r} is neither 'hold' (wait until a queue is bound) nor 'drop' (nobody listening is fine)"
+        )
 
 
 def write(connection: Connection, batch: Sequence[Held], *, notify: bool = False) -> None:
@@ -99,7 +110,7 @@ def _headers(message: Message) -> str | None:
 def _named_errors() -> Iterator[None]:
     try:
         yield
-    except DBAPIError as error:
+    except StatementError as error:
         error.hide_parameters = True  # they are payloads, which have no business in a log
         text = str(error.orig)
         missing = (
