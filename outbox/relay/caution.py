@@ -57,11 +57,6 @@ class Caution:
             if not self._suspects:
                 self._group = 0
 
-    @property
-    def suspicious(self) -> bool:
-        """Whether any message must fly without company."""
-        return bool(self._suspects)
-
     def lost(self, ids: Collection[int], *, were_flying: int, blamed: bool = False) -> list[int]:
         """A connection was lost with *ids* in flight, *were_flying* in all; return the one that is to blame, if one is.
 
@@ -94,14 +89,20 @@ class Caution:
         """Return which of *ready* goes first on a new connection: whoever was never lost, or lost longest ago."""
         return min(ready, key=lambda id_: (self._losses[id_].number if id_ in self._losses else 0, id_), default=None)
 
-    def suspects(self, ready: Iterable[int]) -> set[int]:
-        """Return which of *ready* must fly without company."""
-        return {id_ for id_ in ready if id_ in self._suspects}
+    @property
+    def suspects(self) -> frozenset[int]:
+        """Who must fly without company."""
+        return frozenset(self._suspects)
 
     @property
     def group(self) -> int:
         """How many suspects may fly at once."""
         return max(1, self._group)
+
+    def given_up(self, id_: int) -> None:
+        """A person decides about *id_* now; it does not come again by itself."""
+        self._losses.pop(id_, None)
+        self._suspects.discard(id_)
 
     def forget(self, known: Collection[int]) -> None:
         """Keep nothing about messages that are not among *known*, save for culprits that will come again."""

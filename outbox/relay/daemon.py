@@ -308,6 +308,7 @@ class Relay:
         """Wait for what is in flight, settle it, give the shards back: within `OUTBOX_SHUTDOWN_TIMEOUT`."""
         failpoints.reached("R7")
         self._state = "draining"
+        self._beat_at = 0.0  # say so now
         deadline = self._clock() + self._settings.shutdown_timeout_seconds
         while self.pump.lanes.flying and self._clock() < deadline:
             self.pump.collect(min(_TURN_SECONDS, deadline - self._clock()))
@@ -317,6 +318,7 @@ class Relay:
                     if self.shards.owned:
                         self._keep_shards()
                     self.pump.settle()
+                    self._report(now)
         while not self._database.within(self._leave) and self._clock() < deadline:
             self._broker.answers(_TURN_SECONDS)
         unanswered, unsettled = self.pump.lanes.flying, self.pump.unsettled

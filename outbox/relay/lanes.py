@@ -264,10 +264,10 @@ class Lanes:
             heapq.heappush(self._ready, id_)
         return taken
 
-    def candidates(self) -> list[Item]:
-        """Return what is ready, lowest id first."""
-        found = {id_: self._items[id_] for id_ in sorted(self._ready) if id_ in self._items}
-        return [item for item in found.values() if item.place is Place.READY]
+    def ready_ids(self, among: Iterable[int] | None = None) -> set[int]:
+        """Return the ids of all that is ready, or of those *among* the given ones."""
+        items = self._items
+        return {id_ for id_ in (self._ready if among is None else among) if id_ in items and items[id_].place is Place.READY}
 
     def _start(self, item: Item) -> None:
         item.place = Place.FLYING

@@ -22,6 +22,7 @@ from outbox.relay.lanes import Item, Lanes
 from outbox.relay.position import Position
 from outbox.relay.topics import Topics
 from outbox.store import drain
+from outbox.tables import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -153,6 +154,8 @@ class Pump:
                 )
             )
             self.lanes.hold(item)
+            if decided.state is State.DEAD:
+                self._caution.given_up(row.id)
         self._answered_at = self._answered_at or now
         if self._topics.answered(row, answer.outcome, now):
             self.lanes.unload(self._topics.stopped)
@@ -310,10 +313,10 @@ class Pump:
         if caution.alone:
             if self.lanes.flying:
                 return []
-            first = caution.next_alone(item.row.id for item in self.lanes.candidates())
+            first = caution.next_alone(self.lanes.ready_ids())
             return self.lanes.take(lambda item: item.row.id == first, limit=1)
-        if caution.suspicious:
-            suspects = caution.suspects(item.row.id for item in self.lanes.candidates())
+        if caution.suspects:
+            suspects = self.lanes.ready_ids(among=caution.suspects)
             if self._suspects_fly or (suspects and self.lanes.flying):
                 return []
             if suspects:

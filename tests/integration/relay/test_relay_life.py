@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -212,11 +211,14 @@ def test_an_empty_outbox_needs_no_broker_to_be_drained(engine: Engine) -> None:
 def test_a_relay_that_stops_waits_for_what_is_in_flight_settles_it_and_gives_its_shards_back(engine: Engine) -> None:
     broker = FakeBroker(lambda each: None if each.key == "slow" else Outcome.CONFIRMED)
     commit(engine, message())
-    with running(Relay(settings(poll_seconds=0.05), engine, broker)) as codes:
+    relay = Relay(settings(poll_seconds=0.05), engine, broker)
+    with running(relay) as codes:
         eventually(lambda: broker.delivered, what="the first message")
         commit(engine, message("x", "slow"), message("x", "slow"))
         eventually(lambda: broker.flying, what="the slow one to be in flight")
-        threading.Timer(0.3, lambda: broker.answer(broker.flying[0])).start()
+        relay.stop()
+        eventually(lambda: relay_rows(engine)[0].state == "draining", what="the relay to say that it drains")
+        broker.answer(broker.flying[0])
     assert codes == [0]
     with engine.connect() as connection:
         assert connection.scalars(sa.select(tables.pending.c.sequence)).all() == [2]  # nothing new was begun

@@ -41,7 +41,7 @@ class Stage:
         if self.caution.alone:
             first = self.caution.next_alone(self.waiting)
             return set() if first is None else {first}
-        suspects = sorted(self.caution.suspects(self.waiting))
+        suspects = sorted(self.caution.suspects & self.waiting)
         if suspects:
             return set(suspects[: self.caution.group])
         return set(sorted(self.waiting)[: self.window])
@@ -65,7 +65,7 @@ def test_a_broker_that_is_down_makes_nobody_a_suspect() -> None:
     caution = Caution()
     for _ in range(50):
         assert caution.lost([1, 2, 3], were_flying=3) == []
-    assert not caution.suspicious
+    assert not caution.suspects
 
 
 def test_messages_that_never_left_are_no_losses() -> None:
@@ -74,7 +74,7 @@ def test_messages_that_never_left_are_no_losses() -> None:
     for _ in range(5):
         caution.lost([], were_flying=3)
         caution.passed(9)
-    assert not caution.suspicious
+    assert not caution.suspects
 
 
 @pytest.mark.parametrize("culprit", [1, 2, 100, 199, 200])
@@ -136,3 +136,11 @@ def test_what_is_remembered_of_messages_that_left_can_be_forgotten() -> None:
     caution.lost([1, 2], were_flying=2)
     caution.forget({2})
     assert caution.next_alone([1, 2]) == 1
+
+
+def test_a_culprit_that_is_given_up_is_suspected_no_more() -> None:
+    stage = Stage(set(range(1, 65)), {40})
+    stage.run(100)
+    assert stage.caution.suspects == {40}
+    stage.caution.given_up(40)
+    assert not stage.caution.suspects

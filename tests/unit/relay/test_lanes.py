@@ -217,7 +217,7 @@ def test_take_leaves_what_is_not_allowed_for_later() -> None:
     held = lanes()
     load(held, row(1), row(2))
     assert [each.row.id for each in held.take(lambda each: each.row.id == 2)] == [2]
-    assert [each.row.id for each in held.candidates()] == [1]
+    assert held.ready_ids() == held.ready_ids(among=[1, 2, 3]) == {1}
     assert take(held) == [1]
 
 
