@@ -152,7 +152,7 @@ class World:
 
     def tap(self) -> list[Entry]:
         """Everything that arrived, in order; call it once, when nothing more can come."""
-        return [_entry(body) for body in (self._embedded_tap() if self.embedded else self._rabbit_tap())]
+        return [arrival(body) for body in (self._embedded_tap() if self.embedded else self._rabbit_tap())]
 
     def _embedded_tap(self) -> list[bytes]:
         query = "SELECT body FROM message JOIN queue ON queue.id = message.queue WHERE name = ? ORDER BY message.id"
@@ -231,7 +231,8 @@ def end(*processes: Process) -> None:
         assert process.wait(60) == 0, process.output
 
 
-def _entry(body: bytes) -> Entry:
+def arrival(body: bytes) -> Entry:
+    """What the CloudEvent *body* says, read without our code."""
     event = json.loads(body)
     data = base64.b64decode(event["data_base64"]) if "data_base64" in event else event.get("data")
     sequence = event.get("sequence")

@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 
 from outbox import Outbox, failpoints
 from outbox.database import create_engine
+from outbox.message import JSON
 from tests.kit.history import fingerprint
 from tests.kit.recorder import DONE, NOTED, REFUSED
 
@@ -65,10 +66,13 @@ class Writer:
             self._session.begin()
             for _ in range(chance.choice((1, 1, 1, 2, 3, 5, chance.randint(1, 50)))):
                 self._within_savepoint_or_not(lambda: self._say(chance.choice(keys)))
-            if chance.random() < 0.1:
-                self._session.rollback()
-            else:
-                self._session.commit()
+            self._end(commit=chance.random() > 0.1)
+
+    def _end(self, *, commit: bool) -> None:
+        if commit:
+            self._session.commit()
+        else:
+            self._session.rollback()
 
     def _within_savepoint_or_not(self, say: Callable[[], None]) -> None:
         if self._chance.random() > 0.2:
@@ -102,11 +106,11 @@ class Writer:
 
     def send(self, topic: str, data: Any, key: str | None) -> None:
         """One message without a signal."""
-        if isinstance(data, bytes):
-            message_id = self._outbox.send(topic, data, key=key, content_type="application/octet-stream")
-        else:
-            message_id = self._outbox.send(topic, data, key=key)
-        self._note(message_id, topic, key, data)
+        self._note(self._capture(topic, data, key), topic, key, data)
+
+    def _capture(self, topic: str, data: Any, key: str | None) -> UUID:
+        content_type = "application/octet-stream" if isinstance(data, bytes) else JSON
+        return self._outbox.send(topic, data, key=key, content_type=content_type)
 
     def _note(self, message_id: UUID, topic: str, key: str | None, data: Any) -> None:
         row = {"message_id": str(message_id), "topic": topic, "key": key, "digest": fingerprint(data)}
