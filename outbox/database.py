@@ -91,11 +91,18 @@ def begins_early(connection: Connection) -> bool:
     return _BEGUN in connection.info or (follows_the_recipe and not is_prepared(connection.engine)) or since_python_3_12
 
 
-def begin_now(connection: Connection) -> None:
-    """Send the BEGIN that an SQLite engine not prepared has put off: a savepoint made later is inside the transaction."""
+def begin_now(connection: Connection) -> bool:
+    """Send the BEGIN that an SQLite engine not prepared has put off: a savepoint made later is inside the transaction.
+
+    Returns False for asynchronous drivers: they can't, in a plain call.
+    """
     driver: Any = connection.connection.driver_connection
-    if not driver.in_transaction:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    if driver.in_transaction:
+        return True
+    if connection.dialect.is_async:
+        return False
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    return True
 
 
 def is_prepared(engine: Engine) -> bool:

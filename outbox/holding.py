@@ -92,8 +92,7 @@ def hold(session: Session, engine: Engine | None, sent: Sent) -> None:
         for used in work.connections or (bind,):
             _refuse_autocommit(used)
         _refuse_second_database(work, bind.engine)
-        with _on_greenlet():
-            _refuse_savepoint_without_begin(session, work, bind)
+        _refuse_savepoint_without_begin(session, work, bind)
     if isinstance(bind, Connection):
         fates.follow(_write_now(session, work, sent), sent)
     elif _is_in_foreign_savepoint(work):
@@ -370,12 +369,11 @@ def _secure_sqlite(connection: Connection, *, had_savepoint: bool) -> None:
     """SQLite's driver begins no transaction before a SAVEPOINT: its rows would survive the rollback of the outer one."""
     if database.begins_early(connection):
         return
-    if had_savepoint or connection.in_nested_transaction():
+    if had_savepoint or connection.in_nested_transaction() or not database.begin_now(connection):
         raise CaptureError(
             "this SQLite engine sends no BEGIN before a SAVEPOINT, so rows would survive a rollback; "
             "call outbox.database.prepare(engine) once after making it (in Flask: db.init_app(app), then outbox.init_app(app))"
         )
-    database.begin_now(connection)
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import prometheus_client
 import pytest
 import sqlalchemy as sa
 from blinker import Namespace
@@ -50,6 +51,11 @@ def empty(engine: Engine) -> None:
     with engine.begin() as connection:
         for table in (ledger, Base.metadata.tables["talk"], tables.pending, tables.message, tables.key):
             connection.execute(sa.delete(table))
+
+
+def counted(name: str, topic: str) -> float:
+    """Return the value of a counter of this process."""
+    return prometheus_client.REGISTRY.get_sample_value(name, {"topic": topic}) or 0.0
 
 
 @dataclass

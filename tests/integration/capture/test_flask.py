@@ -1,0 +1,230 @@
+"""In Flask: whose session it is, two apps in a process, and what a forgotten commit looks like."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import flask_sqlalchemy
+import flask_sqlalchemy_lite
+import pytest
+import sqlalchemy as sa
+from blinker import NamedSignal, Namespace
+from flask import Flask, current_app
+from sqlalchemy.orm import DeclarativeBase
+
+from outbox import CaptureError, ConfigurationError, Outbox, database, migrations, tables
+from tests.integration.capture.conftest import counted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sqlalchemy.engine import Engine
+
+Make = Callable[[Flask, str], Any]
+
+
+class Model(DeclarativeBase):
+    """The models of Flask-SQLAlchemy."""
+
+
+@dataclass
+class Shop:
+    """An app with its database and its outbox."""
+
+    app: Flask
+    db: Any
+    outbox: Outbox
+    signal: NamedSignal
+
+    @property
+    def engine(self) -> Engine:
+        with self.app.app_context():
+            return self.db.engine  # type: ignore[no-any-return]
+
+    def post(self, path: str) -> int:
+        return self.app.test_client().post(path).status_code
+
+    def bodies(self) -> list[bytes]:
+        with self.engine.connect() as connection:
+            return [bytes(body) for body in connection.scalars(sa.select(tables.message.c.body).order_by(tables.message.c.id))]
+
+    def sources(self) -> list[str]:
+        with self.engine.connect() as connection:
+            return list(connection.scalars(sa.select(tables.message.c.source).order_by(tables.message.c.id)))
+
+
+def with_flask_sqlalchemy(app: Flask, url: str) -> Any:
+    app.config["SQLALCHEMY_DATABASE_URI"] = url
+    return flask_sqlalchemy.SQLAlchemy(model_class=Model)
+
+
+def with_lite(app: Flask, url: str) -> Any:
+    app.config["SQLALCHEMY_ENGINES"] = {"default": url}
+    return flask_sqlalchemy_lite.SQLAlchemy()
+
+
+def open_shop(
+    make: Make, url: str, *, name: str = "shop", db_first: bool = True, outbox: Outbox | None = None, signal: Any = None
+) -> Shop:
+    app = Flask(name)
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+    app.logger.disabled = True
+    shop = Shop(app, make(app, url), outbox or Outbox(), signal or Namespace().signal("sold"))
+    for extension in (shop.db, shop.outbox) if db_first else (shop.outbox, shop.db):
+        extension.init_app(app)
+    shop.outbox.capture(shop.signal, topic="item.sold", key="item:{item_id}")
+
+    def view(ending: Callable[[], object]) -> Callable[[], str]:
+        def run() -> str:
+            shop.db.session.execute(sa.text("SELECT 1"))
+            shop.signal.send(current_app._get_current_object(), item_id=1)  # type: ignore[attr-defined]
+            ending()
+            return "done"
+
+        return run
+
+    def fail() -> None:
+        raise RuntimeError("the view is broken")
+
+    endings = {"commit": lambda: shop.db.session.commit(), "rollback": lambda: shop.db.session.rollback()}
+    for path, ending in {**endings, "forget": lambda: None, "fail": fail}.items():
+        app.post(f"/{path}", endpoint=path)(view(ending))
+    migrations.upgrade(shop.engine)
+    return shop
+
+
+@pytest.fixture(params=[with_flask_sqlalchemy, with_lite], ids=["flask-sqlalchemy", "lite"])
+def make(request: pytest.FixtureRequest) -> Make:
+    made: Make = request.param
+    return made
+
+
+@pytest.fixture
+def shop(make: Make, sqlite_url: str) -> Iterator[Shop]:
+    opened = open_shop(make, sqlite_url)
+    yield opened
+    opened.engine.dispose()
+
+
+def test_a_view_sends_and_commits_as_in_2017(make: Make, postgres_url: str) -> None:
+    shop = open_shop(make, postgres_url)
+    assert shop.post("/commit") == 200
+    assert (shop.bodies(), shop.sources()) == ([b'{"item_id":1}'], ["/shop"])
+    assert shop.app.extensions["outbox"].topics == ("item.sold",)
+    assert shop.app.extensions["outbox"].engine() is shop.engine
+    shop.engine.dispose()
+
+
+def test_a_view_that_rolls_back_or_fails_says_nothing(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    assert (shop.post("/rollback"), shop.post("/fail")) == (200, 500)
+    assert shop.bodies() == []
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("db_first", [True, False], ids=["db first", "outbox first"])
+def test_a_forgotten_commit_is_one_warning_and_is_counted(
+    make: Make, sqlite_url: str, db_first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = open_shop(make, sqlite_url, db_first=db_first)
+    before = counted("outbox_uncommitted_total", "item.sold")
+    assert shop.post("/forget") == 200
+    assert shop.bodies() == []
+    (warning,) = caplog.records
+    assert (warning.levelno, warning.getMessage()) == (
+        logging.WARNING,
+        "sent, but neither committed nor rolled back, so nobody will hear of it: signal 'sold' as 'item.sold' (1); "
+        "call session.commit() after send()",
+    )
+    assert counted("outbox_uncommitted_total", "item.sold") == before + 1
+
+
+def test_a_sqlite_engine_of_the_app_is_prepared(shop: Shop) -> None:
+    assert database.is_prepared(shop.engine)
+
+
+def test_a_session_of_its_own_needs_no_flask_sqlalchemy(world: Any) -> None:
+    app, outbox, signal = Flask("plain"), Outbox(), Namespace().signal("sold")
+    outbox.init_app(app, session=world.sessions)
+    outbox.capture(signal, topic="plain.topic")
+    with app.app_context():
+        world.begin()
+        signal.send(app, event_id=1)
+        world.session.commit()
+    assert [row.topic for row in world.rows()] == ["plain.topic"]
+    assert app.extensions["outbox"].engine() is world.engine
+
+
+# --- two apps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one outbox", "an outbox each"])
+def test_two_apps_in_one_process_do_not_mix(make: Make, tmp_path: Path, shared: bool) -> None:
+    signal, outbox = Namespace().signal("sold"), Outbox()
+    shops = [
+        open_shop(make, f"sqlite:///{tmp_path}/{name}.db", name=name, outbox=outbox if shared else None, signal=signal)
+        for name in ("one", "two")
+    ]
+    for shop in (*shops, shops[1]):
+        assert shop.post("/commit") == 200
+    assert [shop.sources() for shop in shops] == [["/one"], ["/two", "/two"]]
+    with shops[0].app.app_context():
+        shops[0].db.session.execute(sa.text("SELECT 1"))
+        with pytest.raises(CaptureError, match=r"for app 'two' in the context of app 'one'; send it inside `with app\.app_c"):
+            signal.send(shops[1].app, item_id=1)
+    with pytest.raises(CaptureError, match="for app 'one' outside an application context"):
+        signal.send(shops[0].app, item_id=1)
+
+
+def test_an_app_has_one_outbox() -> None:
+    app, outbox = Flask("shop"), Outbox()
+    outbox.init_app(app)
+    for again in (outbox, Outbox()):
+        with pytest.raises(ConfigurationError, match="app 'shop' has an outbox already"):
+            again.init_app(app)
+
+
+def test_an_app_without_outbox_or_session_is_told_what_to_do() -> None:
+    signal, outbox = Namespace().signal("sold"), Outbox()
+    outbox.capture(signal, topic="item.sold")
+    with pytest.raises(CaptureError, match=r"signal 'sold': app 'bare' has no outbox; call outbox\.init_app\(app\)"):
+        signal.send(Flask("bare"))
+    app = Flask("half")
+    outbox.init_app(app)
+    with (
+        app.app_context(),
+        pytest.raises(CaptureError, match=r"app 'half' has no Flask-SQLAlchemy; .*init_app\(app, session=…\)"),
+    ):
+        signal.send(app)
+
+
+# --- asynchronous -------------------------------------------------------------------------------------------------------
+
+
+def test_lite_may_have_asynchronous_sessions_only(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/async.db"
+    migrations.upgrade(engine := database.create_engine(url))
+    app, db, outbox, signal = Flask("shop"), flask_sqlalchemy_lite.SQLAlchemy(), Outbox(), Namespace().signal("sold")
+    app.config["SQLALCHEMY_ASYNC_ENGINES"] = {"default": url.replace("sqlite:", "sqlite+aiosqlite:")}
+    app.config["OUTBOX_SOURCE"] = "/async"
+    db.init_app(app)
+    outbox.init_app(app)
+    outbox.capture(signal, topic="item.sold")
+
+    async def sell() -> None:
+        await db.async_session.execute(sa.text("SELECT 1"))
+        signal.send(app, item_id=1)
+        await db.async_session.commit()
+        await db.async_session.close()
+        await db.async_engine.dispose()
+
+    with app.app_context():
+        asyncio.run(sell())
+    with engine.connect() as connection:
+        assert connection.scalars(sa.select(tables.message.c.source)).all() == ["/async"]
+    with pytest.raises(ConfigurationError, match="app 'shop' uses aiosqlite, which commands can't; set DATABASE_URL"):
+        app.extensions["outbox"].engine()
+    engine.dispose()
