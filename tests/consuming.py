@@ -13,8 +13,10 @@ import pika
 import sqlalchemy as sa
 
 from outbox.backoff import Backoff
-from outbox.consumer import Service, operate
+from outbox.consumer import Outcome, Service, operate, tables
+from outbox.consumer.arrival import Arrival, read
 from outbox.consumer.attempts import Policy
+from outbox.consumer.delivery import Deliveries
 from outbox.consumer.worker import Runtime
 from outbox.embedded.queues import Publication, Queues
 from outbox.embedded.urls import path_of
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
     from sqlalchemy.orm import Session
 
+    from outbox.consumer.delivery import Settled
     from outbox.message import Received
 
 EXCHANGE = "openevent"
@@ -230,6 +233,40 @@ def running(service: Service, settings: Settings, **options: Any) -> Iterator[Ru
     finally:
         process.runtime.stop()
         process.engine.dispose()
+
+
+class Stage:
+    """A recording service on a database."""
+
+    def __init__(self, engine: Engine, **options: Any) -> None:
+        self.engine = engine
+        self.recorder = Recorder(**options)
+        operate.migrate(self.recorder.service, engine)
+        self.deliveries = Deliveries(self.recorder.service, engine, worker=0)
+
+    def settle(self, *messages: Message | bytes | Arrival) -> list[Outcome]:
+        return [each.outcome for each in self.settled(*messages)]
+
+    def settled(self, *messages: Message | bytes | Arrival) -> list[Settled]:
+        return self.deliveries.settle([arrival(each) for each in messages])
+
+    @property
+    def seen(self) -> list[Effect]:
+        return self.recorder.seen(self.engine)
+
+    @property
+    def parked(self) -> list[Any]:
+        return list(rows(self.engine, tables.parked))
+
+    @property
+    def status(self) -> operate.Status:
+        return operate.status(self.engine, self.recorder.service)
+
+
+def arrival(given: Message | bytes | Arrival) -> Arrival:
+    if isinstance(given, Arrival):
+        return given
+    return read(given if isinstance(given, bytes) else cloud_event(given), routing_key="session.modified")
 
 
 def rows(engine: Engine, table: sa.Table) -> Sequence[Any]:

@@ -64,6 +64,9 @@ class Link:
         except (AccessRefused, NotAllowed) as error:
             said = getattr(error, "reply_text", None) or error
             raise BrokerError(f"{shown(url)}: the broker refuses us: {said}; check user, password and virtual host") from error
+        except ssl.SSLCertVerificationError as error:
+            words = f"its certificate is not accepted: {error.verify_message}; check host name and cacertfile of BROKER_URL"
+            raise BrokerError(f"{shown(url)}: {words}") from error
         # Kept: asked for its transport after it was lost, py-amqp would silently connect again, without consumers.
         self._stream: Any = None if self._polled else self._raw.transport
         self._wake_lock = threading.RLock()  # a signal handler may call `wake` anywhere

@@ -12,22 +12,19 @@ import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox.consumer import Outcome, operate, tables
-from outbox.consumer.arrival import Arrival, read
-from outbox.consumer.delivery import Deliveries
+from outbox.consumer.arrival import read
 from outbox.consumer.outcomes import HandlerMistake
 from outbox.consumer.tables import Reason, State
 from outbox.consumer.upkeep import prune
 from outbox.database import create_engine
 from outbox.message import cloud_event
-from tests.consuming import Effect, Recorder, message, rows, series
+from tests.consuming import Stage, message, rows, series
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy.engine import Engine
 
-    from outbox.consumer.delivery import Settled
-    from outbox.message import Message
     from tests.kit.servers import ExternalPostgres, PostgresServer
 
 
@@ -53,40 +50,6 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         there = sa.MetaData()
         there.reflect(connection)
         there.drop_all(connection)
-
-
-class Stage:
-    """A recording service on a database."""
-
-    def __init__(self, engine: Engine, **options: Any) -> None:
-        self.engine = engine
-        self.recorder = Recorder(**options)
-        operate.migrate(self.recorder.service, engine)
-        self.deliveries = Deliveries(self.recorder.service, engine, worker=0)
-
-    def settle(self, *messages: Message | bytes | Arrival) -> list[Outcome]:
-        return [each.outcome for each in self.settled(*messages)]
-
-    def settled(self, *messages: Message | bytes | Arrival) -> list[Settled]:
-        return self.deliveries.settle([arrival(each) for each in messages])
-
-    @property
-    def seen(self) -> list[Effect]:
-        return self.recorder.seen(self.engine)
-
-    @property
-    def parked(self) -> list[Any]:
-        return list(rows(self.engine, tables.parked))
-
-    @property
-    def status(self) -> operate.Status:
-        return operate.status(self.engine, self.recorder.service)
-
-
-def arrival(given: Message | bytes | Arrival) -> Arrival:
-    if isinstance(given, Arrival):
-        return given
-    return read(given if isinstance(given, bytes) else cloud_event(given), routing_key="session.modified")
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 from hypothesis import settings
@@ -221,7 +222,8 @@ class ParkingMachine(RuleBasedStateMachine):
 
     def say(self, key: str, behaviour: str) -> Sent:
         number, sequence = next(self.numbers), next(self.sequences[key])
-        arrival = read(cloud_event(message(number, key=key, sequence=sequence)))
+        # The same ids in every run: Hypothesis replays what it found.
+        arrival = read(cloud_event(message(number, key=key, sequence=sequence, id=UUID(int=number), created_at=self.now)))
         self.sent[number] = Sent(number, key, sequence, arrival, behaviour)
         return self.sent[number]
 
@@ -242,4 +244,4 @@ class ParkingMachine(RuleBasedStateMachine):
 
 
 TestParking = ParkingMachine.TestCase
-TestParking.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestParking.settings = settings(max_examples=20, stateful_step_count=15, deadline=None)

@@ -1,0 +1,103 @@
+"""A running service in one process, on the embedded broker: failures at each step of its work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from outbox import failpoints
+from outbox.consumer import Service, operate, worker
+from outbox.consumer.attempts import Attempts
+from outbox.errors import ConfigurationError
+from outbox.settings import Settings, load
+from tests.consuming import EXCHANGE, Desk, Recorder, Running, message, running, series, settings_for
+from tests.kit.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+QUEUE = f"{EXCHANGE}.exports"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return settings_for(f"embedded:///{tmp_path}/broker.db", f"sqlite:///{tmp_path}/service.db")
+
+
+@pytest.fixture(autouse=True)
+def disarmed() -> Iterator[None]:
+    yield
+    failpoints.arm({})
+
+
+@pytest.mark.parametrize("point", ["K1", "K2", "K3", "K4", "K5", "K6"])
+def test_a_failure_at_any_step_costs_no_message_and_no_second_effect(settings: Settings, point: str) -> None:
+    def fail(received: Any, _session: Any) -> None:
+        if received.data["number"] == 7:
+            raise ValueError("no")
+
+    recorder = Recorder(before=fail)
+    failpoints.arm({"OUTBOX_FAILPOINTS": f"{point}=raise@{1 if point == 'K6' else 3}"})
+    with running(recorder.service, settings) as service:
+        desk = Desk(str(settings.broker_url))
+        for number in range(1, 13):  # 7 and 10 are of one key: the second waits behind the first
+            desk.publish(message(number, key=f"key:{number % 3}", sequence=(number + 2) // 3))
+        eventually(lambda: service.status().applied_total == 10, 20, "the others to be applied")
+        eventually(lambda: service.status().parked == 2, what="the failing one and the one behind it to be parked")
+        assert sorted(recorder.numbers(service.engine)) == [1, 2, 3, 4, 5, 6, 8, 9, 11, 12]
+    assert desk.left(QUEUE) == 0
+
+
+def test_a_worker_that_crashes_ends_the_process_with_1_and_its_messages_stay(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def crash(*_: Any) -> None:
+        raise MemoryError("a bug in the runtime")
+
+    monkeypatch.setattr(Attempts, "settle", crash)
+    recorder = Recorder()
+    service = Running(recorder.service, settings).start()
+    Desk(str(settings.broker_url)).publish(message(1))
+    assert service.join() == 1
+    assert "a worker ended: MemoryError" in caplog.messages
+    assert "a bug in the runtime" not in caplog.text.replace("MemoryError: a bug in the runtime", "")
+    assert Desk(str(settings.broker_url)).left(QUEUE) == 1
+
+
+def test_a_service_needs_its_urls_handlers_and_receivers_before_anything_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"BROKER_URL is not set(.|\n)*CONSUMER_DATABASE_URL is not set"):
+        worker.run(Recorder().service, load({}))
+    url = f"sqlite:///{tmp_path}/none.db"
+    with pytest.raises(ConfigurationError, match="has no handlers"):
+        worker.run(Service("empty"), settings_for(f"embedded:///{tmp_path}/none.broker", url))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_service_has_a_database_of_its_own_name(tmp_path: Path) -> None:
+    settings = settings_for("embedded:///x.db", f"sqlite:///{tmp_path}/{{service}}.db")
+    assert operate.open_engine(Service("mail"), settings).url.database == f"{tmp_path}/mail.db"
+
+
+def test_no_payload_is_logged_whatever_fails(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(received: Any, _session: Any) -> None:
+        raise ValueError(f"secret payload {received.data}")
+
+    recorder = Recorder(before=fail)
+    with caplog.at_level("INFO"), running(recorder.service, settings) as service:
+        Desk(str(settings.broker_url)).publish(message(1), b'{"secret": "payload"}')
+        eventually(lambda: service.status().parked == 2)
+    assert "secret" not in caplog.text
+    parked = [record.message for record in caplog.records if getattr(record, "outbox_event", "") == "consumer.parked"]
+    assert len(parked) == 2
+    assert all("outbox consumer parked show exports" in line for line in parked)
+
+
+def test_a_state_is_said_once_when_it_changes(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder()
+    with caplog.at_level("INFO", "outbox.consumer"), running(recorder.service, settings) as service:
+        Desk(str(settings.broker_url)).publish(*series("a", 20))
+        eventually(lambda: service.status().applied_total == 20)
+    events = [getattr(record, "outbox_event", "") for record in caplog.records if record.name.startswith("outbox")]
+    assert events == ["consumer.started", "consumer.connected", "consumer.stopping", "consumer.stopped"]
