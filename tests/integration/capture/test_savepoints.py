@@ -72,16 +72,6 @@ def test_a_savepoint_on_the_connection_itself_decides_too(world: World) -> None:
     assert world.numbers() == [2]
 
 
-@pytest.mark.parametrize("end", ["close", "reset"])
-def test_closing_drops_what_was_held_and_says_so(world: World, end: str, caplog: pytest.LogCaptureFixture) -> None:
-    session = world.begin()
-    world.send()
-    with caplog.at_level(logging.WARNING):
-        getattr(session, end)()
-    assert world.rows() == []
-    assert "signal 'talks_modified' as 'talk.modified' (1); call session.commit()" in caplog.text
-
-
 @pytest.mark.parametrize("end", ["rollback", "failed flush", "rolled back savepoint", "commit"])
 def test_an_end_in_good_order_is_not_warned_of(world: World, end: str, caplog: pytest.LogCaptureFixture) -> None:
     session = world.begin()
