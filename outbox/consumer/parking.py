@@ -171,21 +171,23 @@ def move_up(connection: Connection, service: str, key: Key, now: datetime) -> No
 
 def requeue(connection: Connection, row: Row[Any], actor: str, now: datetime) -> None:
     """Let the worker try *row* again: now, or when those before it in its key are gone."""
-    key = None if row.key is None else (row.source, row.key)
-    first = True
-    if key is not None:
+    values: dict[str, Any] = {"state": State.DUE, "due_at": now, "starts": 0}
+    if row.key is not None:
+        key = (row.source, row.key)
+        (mark,) = inbox.lock_marks(connection, row.service, [key]).values()
+        overtaken = not row.holds and row.sequence is not None and row.sequence < mark.sequence
         # From now on it holds its key, whatever it was parked for: what it waits for and what waits for it stays in order.
+        values |= {"holds": True, "late": row.late or overtaken}
         inbox.write_marks(connection, row.service, {key: inbox.Mark(held=True)})
-        line_ = line(connection, row.service, key, 1)
-        first = not line_ or row.id <= line_[0].id
-    _order(connection, row.id, actor, now, state=State.DUE if first else State.BEHIND, due_at=now if first else None)
-    connection.execute(sa.update(parked).where(parked.c.id == row.id).values(holds=key is not None, starts=0))
+        first = line(connection, row.service, key, 1)
+        if first and first[0].id < row.id:
+            values |= {"state": State.BEHIND, "due_at": None}
+    _order(connection, row.id, actor, now, **values)
 
 
 def discard(connection: Connection, row: Row[Any], actor: str, reason: str, now: datetime) -> None:
     """Never apply *row*; those behind it go on."""
-    _order(connection, row.id, actor, now, state=State.DISCARDED, due_at=None, note=reason)
-    connection.execute(sa.update(parked).where(parked.c.id == row.id).values(holds=False))
+    _order(connection, row.id, actor, now, state=State.DISCARDED, due_at=None, holds=False, note=reason)
     if row.key is not None:
         move_up(connection, row.service, (row.source, row.key), now)
 

@@ -131,7 +131,7 @@ class ParkingMachine(RuleBasedStateMachine):
     def everything_is_repaired_and_requeued(self) -> None:
         self.everything_is_repaired()
         if chosen := self.waiting_for_a_person():
-            operate.requeue(self.engine, self.recorder.service, chosen, actor="me@here", now=self.now)
+            self.requeue(chosen)
         self.the_worker_replays(hours=2)
         assert all(row.state == State.DISCARDED for row in rows(self.engine, tables.parked))
         assert not any(row.held for row in rows(self.engine, tables.key))
@@ -140,6 +140,13 @@ class ParkingMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_person_requeues(self, data: Any) -> None:
         chosen = data.draw(st.lists(st.sampled_from(self.waiting_for_a_person()), min_size=1, max_size=3, unique=True))
+        self.requeue(chosen)
+
+    def requeue(self, chosen: list[str]) -> None:
+        holding = {row.message_id for row in rows(self.engine, tables.parked) if row.holds}
+        for each in self.sent.values():
+            if each.id in chosen and each.id not in holding and each.sequence < self.keys[each.key].highest:
+                each.late = True  # it let go, and was overtaken
         operate.requeue(self.engine, self.recorder.service, chosen, actor="me@here", now=self.now)
 
     @precondition(lambda self: self.waiting_for_a_person())

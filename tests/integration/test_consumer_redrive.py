@@ -1,0 +1,245 @@
+"""Replaying what was parked, beside what arrives: on both databases, from two processes at once."""
+
+from __future__ import annotations
+
+import random
+import threading
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from outbox.consumer import Outcome, Reject, operate
+from outbox.consumer.attempts import Attempts, Pause, Turnstile
+from outbox.consumer.delivery import Deliveries, now_utc
+from outbox.consumer.redrive import Redriver
+from outbox.consumer.tables import Reason, State
+from outbox.database import create_engine
+from outbox.errors import OutboxError
+from tests.consuming import QUICK, Stage, arrival, message, series
+from tests.kit.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sqlalchemy.engine import Engine
+
+
+class Place(Stage):
+    """A stage with a worker's attempts and a redriver."""
+
+    def __init__(self, engine: Engine, **options: Any) -> None:
+        super().__init__(engine, **options)
+        self.attempts, self.redriver = self.process()
+
+    def process(self, clock: Callable[[], datetime] = now_utc) -> tuple[Attempts, Redriver]:
+        """Return what another process of the service would have."""
+        stopping = threading.Event()
+        deliveries = Deliveries(self.recorder.service, self.engine, worker=0, clock=clock)
+        attempts = Attempts(deliveries, QUICK, Pause("exports", QUICK, stopping, random.Random(1)), random.Random(1))
+        return attempts, Redriver(attempts, Turnstile(), stopping, batch=10)
+
+    def arrive(self, *messages: Any) -> None:
+        self.attempts.settle([arrival(each) for each in messages], lambda _settled: None)
+
+    def requeue(self, *, at: datetime | None = None) -> None:
+        waiting = [each.id for each in self.entries if each.state == State.PARKED]
+        operate.requeue(self.engine, self.recorder.service, waiting, actor="me@here", now=at)
+
+    def replay(self) -> None:
+        while self.redriver.look():
+            pass
+
+    @property
+    def entries(self) -> list[operate.Entry]:
+        return operate.parked_list(self.engine, self.recorder.service, limit=1000)
+
+    @property
+    def numbers(self) -> list[int]:
+        return self.recorder.numbers(self.engine)
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = create_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+def failing_on(number: int, error: type[Exception] = ValueError) -> Any:
+    def fail(received: Any, _session: Any) -> None:
+        if received.data["number"] == number:
+            raise error("no")
+
+    return fail
+
+
+def test_a_long_line_behind_a_repaired_message_is_replayed_in_order_in_few_transactions(engine: Engine) -> None:
+    place = Place(engine, before=failing_on(1))
+    place.arrive(*series("a", 35))
+    assert len(place.entries) == 35
+    place.recorder.before = None
+    place.requeue()
+    looks = 0
+    while place.redriver.look():
+        looks += 1
+    assert looks == 4  # ten at a time
+    assert place.numbers == list(range(1, 36))
+    assert place.status.held_keys == 0
+
+
+def test_a_line_stops_at_the_next_message_that_fails_and_goes_on_from_there(engine: Engine) -> None:
+    place = Place(engine, before=failing_on(1))
+    place.arrive(*series("a", 9))
+    place.recorder.before = failing_on(5)
+    place.requeue()
+    place.replay()
+    assert place.numbers == [1, 2, 3, 4]
+    assert [(entry.sequence, entry.state) for entry in place.entries] == [
+        (5, State.PARKED),
+        *[(number, State.BEHIND) for number in (6, 7, 8, 9)],
+    ]
+    assert place.entries[0].attempts == QUICK.max_attempts
+    place.recorder.before = None
+    place.requeue()
+    place.replay()
+    assert place.numbers == list(range(1, 10))
+
+
+def test_a_message_that_a_strict_service_parked_as_late_is_late_when_it_is_replayed(engine: Engine) -> None:
+    place = Place(engine, order="strict")
+    place.arrive(message(5, key="a", sequence=5))
+    place.arrive(message(3, key="a", sequence=3), message(6, key="a", sequence=6))
+    assert place.entries[0].reason == Reason.LATE
+    place.requeue()
+    place.replay()
+    assert [(effect.number, effect.late) for effect in place.seen] == [(5, False), (3, True), (6, False)]
+    assert place.status.late_total == 1
+
+
+def test_a_message_arriving_while_its_key_is_replayed_waits_and_comes_after(engine: Engine) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slowly(received: Any, _session: Any) -> None:
+        if received.data["number"] == 2:
+            inside.set()
+            go_on.wait(20)
+
+    place = Place(engine, before=failing_on(1))
+    place.arrive(*series("a", 2))
+    place.recorder.before = slowly
+    place.requeue()
+    other, _ = place.process()
+    replaying = threading.Thread(target=place.replay, daemon=True)
+    replaying.start()
+    assert inside.wait(10)
+    done: list[Outcome] = []
+    arriving = threading.Thread(
+        target=lambda: done.extend(each.outcome for each in other.deliveries.settle([_arrival(3)])), daemon=True
+    )
+    arriving.start()
+    arriving.join(0.2)
+    assert done == []
+    go_on.set()
+    arriving.join(20)
+    replaying.join(20)
+    assert done == [Outcome.APPLIED]
+    assert place.numbers == [1, 2, 3]
+
+
+def _arrival(number: int) -> Any:
+    return arrival(message(number, key="a", sequence=number))
+
+
+def test_two_processes_that_replay_at_once_apply_each_message_once_and_in_order(engine: Engine) -> None:
+    place = Place(engine, before=lambda received, _session: _no() if received.sequence in (1, None) else None)
+    for number in range(6):
+        place.arrive(*series(f"key:{number}", 8))
+    place.arrive(*[message(100 + number) for number in range(10)])
+    assert len(place.entries) == 58
+    place.recorder.before = None
+    place.requeue()
+    _, other = place.process()
+
+    def replay(redriver: Redriver) -> None:
+        while place.entries:
+            redriver.look()
+
+    threads = [threading.Thread(target=replay, args=(each,), daemon=True) for each in (place.redriver, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    effects = place.seen
+    assert len(effects) == 58
+    for number in range(6):
+        assert [effect.number for effect in effects if effect.key == f"key:{number}"] == list(range(1, 9))
+    assert sorted(effect.number for effect in effects if effect.key is None) == list(range(100, 110))
+    assert (place.status.applied_total, place.status.held_keys, place.status.parked) == (58, 0, 0)
+
+
+def _no() -> None:
+    raise ValueError("no")
+
+
+def test_a_rejected_message_that_let_its_key_go_takes_its_place_in_it_when_requeued(engine: Engine) -> None:
+    def let_go(received: Any, _session: Any) -> None:
+        if received.data["number"] == 1:
+            raise Reject("no such room", hold=False)
+
+    place = Place(engine, before=let_go)
+    place.arrive(*series("a", 3))
+    assert (place.numbers, place.status.held_keys) == ([2, 3], 0)
+    place.requeue(at=datetime.now(UTC) + timedelta(hours=1))  # not yet due: its key waits for it from now on
+    assert place.status.held_keys == 1
+    place.arrive(message(4, key="a", sequence=4))
+    assert place.numbers == [2, 3]
+    place.recorder.before = None
+    _, later = place.process(clock=lambda: datetime.now(UTC) + timedelta(hours=2))
+    while later.look():
+        pass
+    assert [(effect.number, effect.late) for effect in place.seen] == [(2, False), (3, False), (1, True), (4, False)]
+    assert place.status.held_keys == 0
+
+
+def test_what_is_still_unreadable_or_without_handler_stays_parked_with_the_same_reason(engine: Engine) -> None:
+    place = Place(engine)
+    place.arrive(b"garbage", message(1, key="a", sequence=1, topic="room.modified"))
+    place.requeue()
+    place.replay()
+    assert [(entry.reason, entry.state) for entry in place.entries] == [
+        (Reason.UNDECODABLE, State.PARKED),
+        (Reason.NO_HANDLER, State.PARKED),
+    ]
+    assert place.status.held_keys == 0
+    place.arrive(message(2, key="a", sequence=2))
+    assert place.numbers == [2]
+
+
+def test_orders_for_messages_that_are_not_there_change_nothing_and_name_them(engine: Engine) -> None:
+    place = Place(engine, before=failing_on(1))
+    place.arrive(*series("a", 2))
+    head, _ = place.entries
+    with pytest.raises(OutboxError, match="no parked message nonsense"):
+        operate.requeue(engine, place.recorder.service, [head.id, "nonsense"], actor="me@here")
+    assert place.entries[0].state == State.PARKED
+    operate.discard(engine, place.recorder.service, [head.id], actor="me@here", reason="x")
+    with pytest.raises(OutboxError, match="was discarded"):
+        operate.requeue(engine, place.recorder.service, [head.id], actor="me@here")
+    eventually(lambda: place.redriver.look() or not place.entries, what="the one behind it to go")
+    assert place.numbers == [2]
+
+
+def test_parked_messages_are_listed_by_state_reason_topic_and_key(engine: Engine) -> None:
+    place = Place(engine, before=failing_on(1))
+    place.arrive(*series("a", 3), b"garbage", message(1, key="b", sequence=1, topic="room.modified"))
+    service = place.recorder.service
+
+    def listed(**which: Any) -> list[int | None]:
+        return [each.sequence for each in operate.parked_list(engine, service, operate.Filter(**which))]
+
+    assert listed() == [1, 2, 3, None, 1]
+    assert listed(state=State.BEHIND) == [2, 3]
+    assert listed(reason=Reason.FAILED) == [1]
+    assert listed(topic="room.modified") == listed(key="b") == [1]
+    assert [each.sequence for each in operate.parked_list(engine, service, limit=2)] == [1, 2]
