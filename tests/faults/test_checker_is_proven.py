@@ -31,7 +31,7 @@ from tests.builders import message, write_message, write_pending
 from tests.consuming import Desk, Recorder, series
 from tests.integration.relay.stage import Stage
 from tests.kit.history import Entry, Verdict, digest, judge
-from tests.kit.recorder import DONE
+from tests.kit.recorder import DONE, NAME, REFUSED
 from tests.kit.waiting import eventually
 from tests.kit.world import arrival
 from tests.kit.writers import Writer, ledger, metadata
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from outbox.consumer.arrival import Arrival
     from outbox.message import Message
+    from tests.kit.world import World
 
 pytestmark = pytest.mark.faults
 
@@ -500,3 +501,33 @@ def test_a_mistake_of_capture_is_found(
     committed = [Entry(names.get(row.message_id, row.message_id), row.key, None, row.digest) for row in rows]
     found = judge(committed, [arrival(cloud_event(each)) for each in stage.delivered()]).problems()
     assert expected in found if expected else found == {}
+
+
+# --- the whole rig --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mistake", "command", "failpoint", "expected"),
+    [
+        ("settle_before_confirm", ("relay",), "E1=kill", "lost"),
+        ("acknowledge_before_commit", ("consumer", "run", NAME), "K3=kill", "effect_missing"),
+        ("never_ask_the_inbox", ("consumer", "run", NAME), "K4=kill", "effect_twice"),
+    ],
+)
+def test_a_mistake_in_a_process_that_is_killed_is_found_by_ledger_tap_and_effects(
+    small_world: World, chance: random.Random, mistake: str, command: tuple[str, ...], failpoint: str, expected: str
+) -> None:
+    world = small_world
+    writer = Writer(world.env["DATABASE_URL"], chance)
+    for _ in range(10):
+        writer.transaction()
+    if command != ("relay",):
+        assert world.relay("--drain").wait() == 0
+    # The second one acknowledges (or asks) what the first one left: its mistake must be the same.
+    mistaken = ("python", "-m", "tests.faults.mistaken_commands", mistake, *command)
+    assert world.start(*mistaken, failpoints=failpoint).wait() == -9
+    assert world.start(*mistaken, "--drain").wait() == 0
+    world.drain()
+    applied, effects = world.ledger(f"topic <> '{REFUSED}'"), world.effects()
+    found = judge(applied, effects, effects=[effect.id for effect in effects])
+    assert expected in judge(world.ledger(), world.tap()).problems() | found.problems()

@@ -1,0 +1,55 @@
+"""The project's commands with a mistake planted: `python -m tests.faults.mistaken_commands MISTAKE relay …`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from outbox.cli import main
+from outbox.store import drain
+
+if TYPE_CHECKING:
+    from outbox.relay.lanes import Item
+
+
+def settle_before_confirm() -> None:
+    """Rows are deleted when their messages are about to be sent."""
+    from outbox.relay.pump import Pump
+
+    take = Pump._take
+
+    def take_and_settle(self: Pump) -> list[Item]:
+        items = take(self)
+        messages = [(item.row, item.outgoing.message) for item in items if item.outgoing is not None]
+        with self._engine.begin() as connection:
+            done = [drain.Confirmed(row.id, row.message_row, message.id, 0.0, 0.0) for row, message in messages]
+            drain.settle(connection, self._relay_id, done, [])
+        return items
+
+    Pump._take = take_and_settle  # type: ignore[method-assign]
+
+
+def acknowledge_before_commit() -> None:
+    """Deliveries are acknowledged as they come."""
+    from outbox.consumer.worker import Runtime
+
+    arrived = Runtime._arrived
+
+    def arrived_and_done(self: Runtime, arrival: Any) -> None:
+        arrival.receipt.settled()
+        arrived(self, arrival)
+
+    Runtime._arrived = arrived_and_done  # type: ignore[method-assign]
+
+
+def never_ask_the_inbox() -> None:
+    """Every delivery is new."""
+    from outbox.consumer import inbox
+
+    inbox.take = lambda _connection, _service, identities, _now: set(identities)  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    mistakes = (settle_before_confirm, acknowledge_before_commit, never_ask_the_inbox)
+    {mistake.__name__: mistake for mistake in mistakes}[sys.argv.pop(1)]()
+    main()
