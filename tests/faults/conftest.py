@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from outbox import migrations
+from outbox.database import create_engine
 from tests.kit.world import World, embedded_world, rabbit_world
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from sqlalchemy.engine import Engine
 
     from tests.conftest import Spawn
     from tests.kit.servers import ExternalPostgres, PostgresServer
@@ -27,3 +31,19 @@ def shared_world(spawn: Spawn, postgres_server: PostgresServer | ExternalPostgre
 def small_world(spawn: Spawn, tmp_path: Path) -> World:
     """In files, without any server."""
     return embedded_world(spawn, tmp_path).prepare()
+
+
+@pytest.fixture
+def new_engine(tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    """Make engines on empty outboxes."""
+    made: list[Engine] = []
+
+    def make() -> Engine:
+        engine = create_engine(f"sqlite:///{tmp_path / f'outbox-{len(made)}.db'}")
+        migrations.upgrade(engine)
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.dispose()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.kit.history import judge
+from tests.kit.history import Entry, digest, judge
 from tests.kit.recorder import NAME, REFUSED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from outbox.message import Message
     from tests.kit.processes import Process
     from tests.kit.world import World
 
@@ -39,3 +40,8 @@ def nothing_wrong(world: World, *, faults: int, relays: Iterable[Process]) -> No
     status, service = world.status(), world.service_status()
     assert (status["pending"], status["published_total"]) == (0, len(ledger))
     assert (service["applied_total"], service["late_total"], service["gaps_total"]) == (len(applied), 0, 0)
+
+
+def entry(each: Message) -> Entry:
+    """*each* as it was sent, or as it arrived."""
+    return Entry(id=str(each.id), key=each.key, sequence=each.sequence, digest=digest(each.body))
