@@ -101,13 +101,13 @@ def of_signal(topic: str, signal: NamedSignal, sender: object) -> Handler:
     return Handler(topic, emit, f"signal {signal.name!r}", frozenset())
 
 
-def check_receivers(signal: NamedSignal, topic: str) -> str | None:
-    """Return what is wrong with the receivers of *signal*, None if nothing is."""
-    receivers = [receiver for receiver in signal.receivers_for(None) if receiver is not None]
-    if not receivers and not signal.receivers:
+def check_receivers(signal: NamedSignal, topic: str, sender: object) -> str | None:
+    """Return what is wrong with the receivers that *signal* has for *sender*, None if nothing is."""
+    receivers = list(signal.receivers_for(sender))
+    if not receivers:
         return (
-            f"signal {signal.name!r} has no receivers, and messages of {topic!r} would have no effect; connect them before the "
-            "service runs, with weak=False unless something else keeps them alive"
+            f"signal {signal.name!r} has no receivers for the service, and messages of {topic!r} would have no effect; connect "
+            "them before the service runs, to any sender, with weak=False unless something else keeps them alive"
         )
     for receiver in receivers:
         if inspect.iscoroutinefunction(receiver):

@@ -8,20 +8,19 @@ others. After any error it is of no more use: `drop` it and make another.
 from __future__ import annotations
 
 import contextlib
-import select
+import selectors
 import socket
 import ssl
 import threading
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from amqp.exceptions import AccessRefused, NotAllowed
-
 from outbox import amqp_url, embedded
 from outbox.consumer import arrival as arrivals
 from outbox.consumer import rabbit
 from outbox.consumer import topology as topologies
 from outbox.consumer.acks import Acks, Receipt
+from outbox.consumer.amqp_errors import AccessRefused, NotAllowed
 from outbox.errors import BrokerError
 
 if TYPE_CHECKING:
@@ -73,6 +72,10 @@ class Link:
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        if self._stream is not None:
+            self._selector.register(self._stream.sock, selectors.EVENT_READ)
 
     def new_channel(self) -> Any:
         """Open a channel, for declarations."""
@@ -136,7 +139,7 @@ class Link:
         sock = self._stream.sock
         if self._stream.frames.ready or (isinstance(sock, ssl.SSLSocket) and sock.pending()):
             return True
-        ready, _, _ = select.select([sock, self._woken], [], [], timeout)
+        ready = [key.fileobj for key, _ in self._selector.select(timeout)]
         if self._woken in ready:
             self._swallow_wakes()
         return sock in ready
@@ -187,6 +190,7 @@ class Link:
         A quorum queue that is told (`basic.cancel`, `channel.close`, `connection.close`) lets the next consumer start with
         the messages after those we hold. One that sees the connection go returns ours first.
         """
+        self._selector.close()
         with contextlib.suppress(Exception):
             if self._polled:
                 self._raw.close()

@@ -106,6 +106,6 @@ def _service(op: Operations) -> None:
 CONSUMER = History(name="consumer", steps=(_version_1,), command="outbox consumer migrate NAME")
 
 
-def history(service: str) -> History:
-    """Return the history with the command to type for *service*."""
-    return replace(CONSUMER, command=f"outbox consumer migrate {service}")
+def history(typed: str) -> History:
+    """Return the history with the command to type for the service that commands know as *typed*."""
+    return replace(CONSUMER, command=f"outbox consumer migrate {typed}")

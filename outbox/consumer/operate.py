@@ -40,8 +40,10 @@ def open_engine(service: Service, settings: Settings) -> Engine:
     url = str(settings.consumer_database_url).replace("{service}", service.name)
     if sa.make_url(url).get_backend_name() == "sqlite":
         return database.create_engine(url)
-    # One connection for each worker, the redriver, upkeep, and one to spare.
-    return database.create_engine(url, pool_size=settings.consumer_workers + 3)
+    # A connection for each worker, the redriver, upkeep, background work, and one to spare. Not asked whether it is alive each
+    # time it is taken, which would be a sixth of a small transaction: one that fails is made again, and the work with it.
+    spare = 3 + len(service.backgrounds)
+    return database.create_engine(url, pool_size=settings.consumer_workers + spare, pool_pre_ping=False)
 
 
 # --- tables --------------------------------------------------------------------------------------------------------------
@@ -49,7 +51,7 @@ def open_engine(service: Service, settings: Settings) -> Engine:
 
 def migrate(service: Service, engine: Engine) -> int:
     """Create or upgrade inbox and parking, create the service's own tables that are missing; return the steps it took."""
-    steps = migrations.upgrade(engine, history(service.name))
+    steps = migrations.upgrade(engine, history(service.typed))
     missing = _missing_tables(service, engine)
     if missing and service.tables is not None:
         service.tables.create_all(engine)
@@ -60,10 +62,10 @@ def check(service: Service, engine: Engine, *, migrate_first: bool = False) -> N
     """Raise SchemaError, saying what to type, unless all tables are there and of this code's version."""
     if migrate_first:
         migrate(service, engine)
-    migrations.check(engine, history(service.name))
+    migrations.check(engine, history(service.typed))
     if missing := _missing_tables(service, engine):
         raise SchemaError(
-            f"tables of service {service.name!r} do not exist: {', '.join(missing)}; run: {history(service.name).command}"
+            f"tables of service {service.name!r} do not exist: {', '.join(missing)}; run: {history(service.typed).command}"
         )
 
 
@@ -210,7 +212,7 @@ def _find(connection: Connection, service: Service, ids: Sequence[str]) -> list[
     missing = [each for each in ids if each not in {row.message_id for row in rows}]
     if missing:
         raise OutboxError(
-            f"service {service.name!r} has no parked message {', '.join(missing)}; outbox consumer parked list {service.name}"
+            f"service {service.name!r} has no parked message {', '.join(missing)}; outbox consumer parked list {service.typed}"
         )
     return rows
 

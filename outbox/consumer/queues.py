@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from amqp.exceptions import AMQPError, NotFound
-
 from outbox import topology as brokers
 from outbox.consumer import topology
+from outbox.consumer.amqp_errors import AMQPError, NotFound
 from outbox.consumer.link import Link, shown
 from outbox.errors import ConfigurationError, OutboxError, Unavailable
 
@@ -62,16 +61,16 @@ def check(service: Service, settings: Settings) -> list[Finding]:
     """Return whether the broker has what *service* needs; changes nothing. Raises as `apply`."""
     wanted = show(service, settings)
     with _channels(settings) as link:
-        findings = [_check_queue(link, queue) for queue in (wanted.main, wanted.dead)]
+        findings = [_check_queue(link, queue, service.typed) for queue in (wanted.main, wanted.dead)]
     return findings + _check_bindings(wanted, settings)
 
 
-def _check_queue(link: Link, queue: topology.Queue) -> Finding:
+def _check_queue(link: Link, queue: topology.Queue, typed: str) -> Finding:
     try:
         waiting = topology.backlog(link.new_channel(), queue.name)
         topology.declare_queue(link.new_channel(), queue)  # it exists: nothing is made, only compared
     except NotFound:
-        return Finding(False, f"queue {queue.name!r} does not exist; outbox consumer topology --apply, or start the service")
+        return Finding(False, f"queue {queue.name!r} does not exist; outbox consumer topology {typed} --apply, or start it")
     except ConfigurationError as error:
         return Finding(False, str(error))
     return Finding(True, f"queue {queue.name!r} is as it should be; {waiting} messages wait in it")
@@ -113,7 +112,7 @@ def retire(service: Service, settings: Settings, *, force: bool = False) -> Reti
         if any(holding.values()) and not force:
             topology.declare(link.new_channel(), wanted)
             held = ", ".join(f"{name!r} holds {count}" for name, count in holding.items() if count)
-            raise OutboxError(f"{held} messages; apply them (outbox consumer run {service.name} --drain), or force it")
+            raise OutboxError(f"{held} messages; apply them (outbox consumer run {service.typed} --drain), or force it")
         channel = link.new_channel()
         for queue in there:
             channel.queue_delete(queue.name)

@@ -62,6 +62,8 @@ class Service:
         if problems:
             raise ConfigurationError("\n".join(problems))
         self.name = name
+        #: What `outbox consumer …` takes for it (`shop.mail:service`): every advice must work as it is printed.
+        self.typed = name
         self.batch = batch
         self.strict = order == "strict"
         self.tables = tables
@@ -132,7 +134,7 @@ class Service:
 
     def check(self) -> None:
         """Raise ConfigurationError unless the service is ready to run: it has topics, and each signal has receivers."""
-        problems = [handlers.check_receivers(signal, topic) for topic, signal in self._signals.items()]
+        problems = [handlers.check_receivers(signal, topic, self) for topic, signal in self._signals.items()]
         if not self._handlers:
             problems.append(f"service {self.name!r} has no handlers; register one: @service.on('session.modified')")
         if any(problems):

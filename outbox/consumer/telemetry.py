@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from outbox import metrics
 from outbox.consumer.outcomes import Outcome
+from outbox.consumer.tables import Reason
 from outbox.logs import say
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def settled(service: Service, results: Iterable[Settled]) -> None:
             sent = result.arrival.message.created_at if result.arrival.message else None
             if sent is not None:
                 end_to_end_seconds.labels(service.name, topic).observe(max(0.0, (now - sent).total_seconds()))
-        elif result.aside is not None:
+        elif result.aside is not None and result.aside.reason is not Reason.BEHIND:  # of these the first one was said
             _say_parked(service, result, result.aside)
 
 
@@ -52,7 +53,7 @@ def _say_parked(service: Service, result: Settled, aside: Aside) -> None:
     arrival = result.arrival
     source, message_id = arrival.identity
     held = f"; later messages of key {arrival.key[1]!r} wait" if arrival.key and aside.holds(arrival.key) else ""
-    show = f"outbox consumer parked show {service.name} {message_id}"
+    show = f"outbox consumer parked show {service.typed} {message_id}"
     say(
         log,
         logging.WARNING,

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
-
+from outbox.consumer.amqp_errors import AccessRefused, NotFound, PreconditionFailed
 from outbox.errors import BrokerError, ConfigurationError
 
 if TYPE_CHECKING:

@@ -115,6 +115,17 @@ def test_importing_the_consumer_loads_no_flask_and_no_broker_client() -> None:
     assert found.stdout == "[]"
 
 
+def test_without_kombu_running_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['amqp'] = sys.modules['kombu'] = None\n"
+        "import outbox.errors\n"
+        "try:\n    import outbox.consumer.worker\n"
+        "except outbox.errors.ConfigurationError as error:\n    print(error, end='')"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.endswith("pip install 'outbox[rabbitmq]'")
+
+
 # --- calling -----------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +289,14 @@ def test_a_signal_without_receivers_is_refused_before_the_service_runs() -> None
     service, signal = Service("exports"), Namespace().signal("sessions-modified")
     service.emit(signal, topic=TOPIC)
     with pytest.raises(ConfigurationError, match="'sessions-modified' has no receivers"):
+        service.check()
+
+
+def test_receivers_of_another_sender_are_none() -> None:
+    service, signal, app = Service("exports"), Namespace().signal("sessions-modified"), object()
+    service.emit(signal, topic=TOPIC)
+    signal.connect(lambda _sender, **_: None, sender=app, weak=False)
+    with pytest.raises(ConfigurationError, match="to any sender"):
         service.check()
 
 

@@ -47,7 +47,7 @@ def test_a_failure_at_any_step_costs_no_message_and_no_second_effect(settings: S
         eventually(lambda: service.status().applied_total == 10, 20, "the others to be applied")
         eventually(lambda: service.status().parked == 2, what="the failing one and the one behind it to be parked")
         assert sorted(recorder.numbers(service.engine)) == [1, 2, 3, 4, 5, 6, 8, 9, 11, 12]
-    assert desk.left(QUEUE) == 0
+        eventually(lambda: desk.left(QUEUE) == 0, what="everything to be acknowledged, also what came twice")
 
 
 def test_a_worker_that_crashes_ends_the_process_with_1_and_its_messages_stay(

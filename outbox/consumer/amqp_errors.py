@@ -1,0 +1,14 @@
+"""The errors of py-amqp, which both brokers raise; here also the one text for whoever has not installed it."""
+
+from __future__ import annotations
+
+from outbox.errors import ConfigurationError
+
+try:
+    from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed
+except ImportError as error:
+    raise ConfigurationError(
+        "running services needs kombu, for the embedded broker too; install it: pip install 'outbox[rabbitmq]'"
+    ) from error
+
+__all__ = ["AMQPError", "AccessRefused", "NotAllowed", "NotFound", "PreconditionFailed"]
