@@ -106,7 +106,7 @@ def test_a_broker_without_memory_takes_nothing_keeps_serving_consumers_and_is_le
         eventually(lambda: world.backlog() > 20, 30, "messages to wait in the queue", 0.1)
         rabbit.set_memory_alarm()
         relay.wait_for_line("broker.blocked")
-        relay.wait_for_line(r"it takes no messages for 2\.5 s|no confirm came for 2\.5 s")
+        relay.wait_for_line(r"it takes no messages for 1\.5 s|no confirm came for 1\.5 s")
         before = world.status()
         assert before["pending"] > 0
         service.cont()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 EXCHANGE = "openevent"
 TAP = "tap"
 #: Short, so that the shards of a killed relay are free soon; longer than a busy machine's pauses.
-LEASE, CONFIRM_TIMEOUT = "3s", "2500ms"
+LEASE, CONFIRM_TIMEOUT = "2s", "1500ms"
 
 
 @dataclass

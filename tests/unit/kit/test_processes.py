@@ -67,9 +67,11 @@ def test_waiting_for_the_end_of_an_endless_process_fails_with_its_output(spawn: 
 def test_a_stopped_process_hangs_until_it_is_continued(spawn: Spawn) -> None:
     process = spawn("python", "-c", _ENDLESS)
     process.stop()
-    eventually(lambda: _state(process.pid) == "T", what="the process to be stopped")
+    eventually(lambda: process.stopped, what="the process to be stopped")
+    assert _state(process.pid) == "T"
     process.cont()
     eventually(lambda: _state(process.pid) in ("R", "S"), what="the process to go on")
+    assert not process.stopped
 
 
 def test_killing_takes_the_children_too(spawn: Spawn) -> None:
