@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 AnyEngine = TypeVar("AnyEngine", "Engine", "AsyncEngine")
 
 _PREPARED = "outbox_prepared"
+#: The drivers that our extras bring; another one is the application's to install.
+_DRIVERS = {
+    "postgresql": "use postgresql+psycopg:// and pip install 'outbox[postgres]'",
+    "mysql": "use mysql+pymysql:// and pip install 'outbox[mysql]'",
+}
 #: On a connection: `_begin_immediate` has begun its transactions, this one too.
 _BEGUN = "outbox_begun"
 #: A failed-over primary answers reads and refuses writes: the connection must go, or the pool keeps offering it.
@@ -30,20 +35,27 @@ _READ_ONLY = "25006"
 def create_engine(url: str, **options: Any) -> Engine:
     """Return an engine for *url* that keeps parameters (hence payloads) out of errors and survives a server's restart.
 
-    Makes the folder of a SQLite file. Raises ConfigurationError where the driver is not installed.
+    Makes the folder of a SQLite file. Raises ConfigurationError where it can't, or where the driver is not installed.
     """
     options.setdefault("hide_parameters", True)
     parsed = sa.make_url(url)
     if parsed.get_backend_name() != "sqlite":
         options.setdefault("pool_pre_ping", True)
     elif parsed.database and not parsed.database.startswith("file:"):
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(Path(parsed.database).parent)
     try:
         return prepare(sa.create_engine(url, **options))
     except (ModuleNotFoundError, NoSuchModuleError) as error:
-        extra = {"postgresql": "outbox[postgres]", "mysql": "outbox[mysql]"}.get(parsed.get_backend_name())
-        fix = f"pip install '{extra}'" if extra else "correct the URL"
+        fix = _DRIVERS.get(parsed.get_backend_name(), "correct the URL")
         raise ConfigurationError(f"{parsed.drivername}://…: its driver is not installed ({error}); {fix}") from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        said = f"the folder {folder.absolute()} of the SQLite file can't be made: {error.strerror}"
+        raise ConfigurationError(f"{said}; correct the URL or the folder's permissions") from error
 
 
 def prepare(engine: AnyEngine) -> AnyEngine:

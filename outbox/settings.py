@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 #: Names of ours that no process takes as a setting: they are read by commands before settings exist.
 OTHER_NAMES = frozenset({"OUTBOX_FAILPOINTS"})
 _PREFIXES = ("OUTBOX_", "CONSUMER_")
+_ENCODE = "percent-encode what is special in user and password: @ as %40, / as %2F, : as %3A, # as %23, ? as %3F"
 _UNITS = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2}
 
 
@@ -106,6 +107,8 @@ def _database_url(value: object) -> str:
         raise ValueError(
             "it must be a URL such as postgresql+psycopg://user:password@host/name or sqlite:///file.db"
         ) from error
+    if "@" in (url.host or ""):  # a part of the password would be taken for the host, and be in every error about it
+        raise ValueError(_ENCODE)
     if url.drivername.startswith("postgres:") or url.drivername == "postgres":
         raise ValueError("the scheme is postgresql+psycopg://, not postgres://")
     family = url.get_backend_name()
@@ -125,6 +128,8 @@ def _broker_url(value: object) -> str:
         return text
     if parts.scheme not in ("amqp", "amqps"):
         raise ValueError("it must be amqp://user:password@host:5672/vhost, amqps://… or embedded:///file.db")
+    if "@" in text and "@" not in parts.netloc:
+        raise ValueError(_ENCODE)
     if not parts.hostname:
         raise ValueError("it names no host: amqp://user:password@host:5672/vhost")
     if not parts.username or not parts.password:

@@ -22,6 +22,14 @@ def test_a_sqlite_engine_makes_the_folder_of_its_file(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "x.db").exists()
 
 
+def test_a_folder_that_can_not_be_made_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ConfigurationError, match=rf"the folder {tmp_path}/file of the SQLite file can't be made: File exists; correct"
+    ):
+        database.create_engine(f"sqlite:///{tmp_path}/file/x.db")
+
+
 def test_what_sqlite_acknowledges_survives_a_power_cut(sqlite_url: str) -> None:
     with database.create_engine(sqlite_url).connect() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
