@@ -285,6 +285,8 @@ CHAPTERS: tuple[tuple[str, Callable[[Demo], None]], ...] = (
 
 def main() -> int:
     """Tell the story; return 0, or 1 when a count is wrong."""
+    for end in (signal.SIGTERM, signal.SIGHUP):  # whatever ends the demo ends what it started
+        signal.signal(end, signal.default_int_handler)
     demo = Demo()
     began = time.monotonic()
     try:
