@@ -160,7 +160,11 @@ class _Reader:
         except (OSError, UnicodeDecodeError) as error:
             raise ExportError(f"{path} can't be read: {error}") from error
         try:
-            return json.loads(text) if text.strip() else None
+            if not text.strip():
+                if not missing_is_fine:
+                    self._note(file, "is empty")
+                return None
+            return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ExportError(f"{path} is no JSON: {error}") from error
 

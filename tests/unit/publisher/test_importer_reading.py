@@ -74,6 +74,13 @@ def test_missing_files_are_said_and_mean_nothing_of_their_kind(tmp_path: Path) -
     assert missing == {"sessions.json", "speakers.json", "tracks.json", "microlocations.json"}
 
 
+def test_an_empty_file_is_said_and_means_nothing_of_its_kind(tmp_path: Path) -> None:
+    conference = read(tmp_path, sessions="\n")
+
+    assert conference.sessions == []
+    assert ("sessions.json", "is empty") in {(note.file, note.detail) for note in conference.notes}
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [
