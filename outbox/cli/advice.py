@@ -51,9 +51,9 @@ def _no_relay(overview: Overview) -> str | None:
     if not overview.pending:
         return None
     last = overview.relays[0] if overview.relays else None
-    seen = f"the last one, {last.id}, was seen {text.age(last.seen_age_seconds)} ago" if last else "none was ever seen"
+    seen = f" (the last one, {last.id}, was seen {text.age(last.seen_age_seconds)} ago)" if last else ""
     wait = "waits" if overview.pending == 1 else "wait"
-    return f"no relay is running ({seen}) and {text.amount(overview.pending, 'message')} {wait}; start one: outbox relay"
+    return f"no relay is running{seen} and {text.amount(overview.pending, 'message')} {wait}; start one: outbox relay"
 
 
 def _stuck(first: Stuck, overview: Overview) -> str:

@@ -101,9 +101,10 @@ def status(names: tuple[str, ...], as_json: bool) -> None:
     wanted = names or tuple(services.all_names())
     if not wanted:
         raise ConfigurationError("there is no service in ./consumers; name one: outbox consumer status shop.mail:service")
-    found, missing = [], []
+    found, missing, typed = [], [], {}
     for name in wanted:
         service = services.find(name)
+        typed[service.name] = name
         try:
             with services.opened(here, service, name) as engine:
                 found.append(operate.status(engine, service))
@@ -118,7 +119,7 @@ def status(names: tuple[str, ...], as_json: bool) -> None:
         head = ("SERVICE", "STATE", "APPLIED", "DUPLICATES", "LATE", "GAPS", "PARKED", "HELD KEYS", "LAG")
         text.say(text.table(head, [_cells(item) for item in found], right=head[2:]))
         for item in found:
-            _advise(item)
+            _advise(item, typed[item.service])
     if missing:
         raise OutboxError("\n".join(missing))
 
@@ -129,14 +130,14 @@ def _cells(item: Status) -> tuple[str, ...]:
     return (item.service, "running" if item.running else "stopped", *(f"{count:,}" for count in counts), lag)
 
 
-def _advise(item: Status) -> None:
+def _advise(item: Status, typed: str) -> None:
     mark = click.style("! ", fg="yellow", bold=True)
     if item.waiting_for_a_person:
         waits = f"{text.amount(item.waiting_for_a_person, 'parked message')} of {item.service!r} need a person"
-        sentence = f"{waits}: outbox consumer parked list {item.service}"
+        sentence = f"{waits}: outbox consumer parked list {typed}"
         text.say("\n" + mark + text.wrapped(sentence, indent="  "))
     if not item.running:
-        sentence = f"service {item.service!r} is not running: outbox consumer run {item.service}"
+        sentence = f"service {item.service!r} is not running: outbox consumer run {typed}"
         text.say("\n" + mark + text.wrapped(sentence, indent="  "))
 
 

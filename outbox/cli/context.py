@@ -38,6 +38,8 @@ class Place:
     url: URL
     #: The command that makes it.
     maker: str
+    #: The command that says whether it can be used.
+    check: str = "outbox doctor"
 
     @property
     def path(self) -> Path | None:
@@ -63,7 +65,7 @@ class Place:
             yield
         except SQLAlchemyError as error:
             shown = self.url.render_as_string(hide_password=True)
-            raise database_failure(f"{self.setting}={shown}", error) from error
+            raise database_failure(f"{self.setting}={shown}", error, self.check) from error
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,8 @@ def _broker(here: Context) -> Generator[Finding, None, bool]:
         yield Finding("broker", Verdict.FAIL, str(error))
         return False
     if not state.connected:
-        yield Finding("broker", Verdict.FAIL, state.detail)
+        # A refusal says itself what is to be changed.
+        yield Finding("broker", Verdict.FAIL, state.detail, "" if state.refused else "start the broker or correct BROKER_URL")
     elif state.blocked:
         yield Finding("broker", Verdict.WARN, state.detail)
     else:

@@ -56,16 +56,18 @@ def _failure(error: OutboxError) -> Failure:
     return TryLater(str(error)) if isinstance(error, Unavailable) else Failure(str(error))
 
 
-def database_failure(where: str, error: SQLAlchemyError) -> OutboxError:
-    """Return what *error* means to an operator; *where* names the setting and its masked URL."""
+def database_failure(where: str, error: SQLAlchemyError, check: str = "outbox doctor") -> OutboxError:
+    """Return what *error* means to an operator; *where* names the setting and its masked URL, *check* a command to look."""
     from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
     said = str(error.orig) if isinstance(error, DBAPIError) and error.orig is not None else str(error)
     text = " ".join(said.strip().splitlines()[0].split()) if said.strip() else type(error).__name__
     if any(refusal in said.lower() for refusal in _REFUSALS):
-        return ConfigurationError(f"{where}: {text}; correct it, then: outbox doctor")
+        return ConfigurationError(f"{where}: {text}; correct it, then: {check}")
+    if "file is not a database" in said:
+        return ConfigurationError(f"{where}: {text}; name another file, or move this one away and make the tables anew")
     if "locked" in said:
         return Unavailable(f"{where}: {text}; another process is writing for a long time, try again")
     if isinstance(error, (OperationalError, InterfaceError)):
-        return Unavailable(f"{where}: {text}; start the database or correct the URL, then: outbox doctor")
+        return Unavailable(f"{where}: {text}; start the database or correct the URL, then: {check}")
     return OutboxError(f"{where}: {text}")

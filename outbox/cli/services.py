@@ -38,6 +38,7 @@ def find(name: str) -> Service:
     module = _import(module_name, name)
     found = getattr(module, attribute, None)
     if isinstance(found, Service):
+        found.typed = name
         return found
     others = sorted(key for key, value in vars(module).items() if isinstance(value, Service))
     hint = f"; it has {', '.join(f'{module_name}:{other}' for other in others)}" if others else ""
@@ -71,11 +72,15 @@ def _import(module_name: str, typed: str) -> ModuleType:
             hint = f"; here are: {', '.join(names)}" if names else f"; looked in {folder} too"
             raise ConfigurationError(f"{typed}: there is no module {module_name}{hint}") from error
         raise ConfigurationError(_broken(module_name, error)) from error
+    except ConfigurationError as error:  # ours: it says the place and the fix
+        raise ConfigurationError(f"{module_name} can't be imported: {error}") from error
     except Exception as error:
         raise ConfigurationError(_broken(module_name, error)) from error
 
 
 def _broken(module_name: str, error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{module_name} can't be imported: SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{frame.filename}, line {frame.lineno}"
     return f"{module_name} can't be imported: {type(error).__name__}: {error} ({place})"
@@ -105,4 +110,4 @@ def place(here: Context, service: Service, name: str) -> Place:
     from sqlalchemy import make_url
 
     url = make_url(str(here.settings.consumer_database_url).replace("{service}", service.name))
-    return Place("CONSUMER_DATABASE_URL", url, f"outbox consumer migrate {name}")
+    return Place("CONSUMER_DATABASE_URL", url, f"outbox consumer migrate {name}", f"outbox consumer status {name}")

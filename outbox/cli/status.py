@@ -215,7 +215,7 @@ def _rate(found: Overview) -> str:
 def _relay_lines(found: Overview) -> list[str]:
     """The live relays, and the latest of those that ended without a word."""
     if not found.relays:
-        return [f"  {'relay':<11}none was seen within a day"]
+        return [f"  {'relay':<11}none is running, and none fell silent within a day"]
     silent = [item for item in found.relays if _state(item) == "silent"]
     shown = [item for item in found.relays if item not in silent] + silent[:1]
     lines = [

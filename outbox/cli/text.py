@@ -104,7 +104,7 @@ def _room() -> int:
     """The columns of the terminal; plenty where there is none."""
     try:
         return os.get_terminal_size(sys.stdout.fileno()).columns
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # AttributeError: started with stdout closed, Python has none
         return 10_000
 
 

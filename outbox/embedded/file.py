@@ -163,8 +163,10 @@ class BrokerFile:
         except sqlite3.Error as error:
             # Extended codes carry the plain one in their lowest byte.
             code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-            kind = BrokerFileError if code in _PERMANENT else BrokerFileUnavailable
-            raise kind(f"the embedded broker {self.path}: {error}") from error
+            said = f"the embedded broker {self.path}: {error}"
+            if code in _PERMANENT:
+                raise BrokerFileError(f"{said}; correct BROKER_URL, or what stands there") from error
+            raise BrokerFileUnavailable(said) from error
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -336,7 +336,7 @@ def test_a_command_without_a_database_says_which_setting_is_missing() -> None:
 def test_a_driver_that_is_not_installed_is_named_with_its_extra() -> None:
     said = Commands({"DATABASE_URL": "mysql+mysqldb://u:p@127.0.0.1/db"}).refused("status")
     assert "mysql+mysqldb://…: its driver is not installed" in said
-    assert "pip install 'outbox[mysql]'" in said
+    assert "use mysql+pymysql:// and pip install 'outbox[mysql]'" in said
 
 
 # --- SQLite files -------------------------------------------------------------------------------------------------------
@@ -366,7 +366,8 @@ def test_commands_for_people_say_which_file_they_mean(sqlite_url: str, tmp_path:
 
 def test_a_file_that_is_no_database_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_text("no database, but text that is long enough to look at")
-    assert "file is not a database" in Commands({"DATABASE_URL": "sqlite:///x.db"}).refused("status")
+    said = Commands({"DATABASE_URL": "sqlite:///x.db"}).refused("status")
+    assert "file is not a database; name another file" in said
 
 
 # --- config -------------------------------------------------------------------------------------------------------------

@@ -244,7 +244,19 @@ def test_a_service_whose_tables_are_not_there_says_what_to_type(outbox: Commands
     assert f"there is no file {folder}/exports.db; run: outbox consumer migrate shop:service" in said
     assert outbox.fine("consumer", "migrate", "shop:service").endswith(f"{folder}/exports.db\n")
     assert outbox.json("consumer", "status", "shop:service")["applied_total"] == 0
-    assert "! service 'exports' is not running" in outbox.fine("consumer", "status", "shop:service")
+    shown = outbox.fine("consumer", "status", "shop:service")
+    assert "! service 'exports' is not running: outbox consumer run shop:service" in shown
+
+
+def test_every_advice_about_a_service_names_it_as_it_was_typed(outbox: Commands) -> None:
+    outbox.fine("consumer", "migrate", "shop:service")
+    said = outbox.refused("consumer", "parked", "show", "shop:service", "no-such-id")
+    assert said.endswith("outbox consumer parked list shop:service\n")
+    checked = outbox("consumer", "topology", "shop:service", "--check").stdout
+    assert "outbox consumer topology shop:service --apply, or start it" in checked
+    outbox.env["CONSUMER_DATABASE_URL"] = f"postgresql+psycopg://ada:hunter2@127.0.0.1:{free_port()}/x"
+    said = outbox.refused("consumer", "status", "shop:service", code=75)
+    assert said.endswith("start the database or correct the URL, then: outbox consumer status shop:service\n")
 
 
 def test_a_service_that_was_never_migrated_does_not_hide_the_others(outbox: Commands, folder: Path) -> None:

@@ -235,6 +235,7 @@ def test_the_doctor_goes_on_after_a_failure_and_says_each_next_step(tmp_path: Pa
     assert result.exit_code == 1
     assert "start the database or correct the URL" in result.stdout
     assert "Connection refused" in result.stdout
+    assert "→ start the broker or correct BROKER_URL" in result.stdout
     assert result.stdout.endswith("\n2 FAIL\n")
     assert "hunter2" not in result.output
     assert result.stderr == ""

@@ -62,7 +62,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback() -> None:
         (OperationalError, 'database "x" does not exist', ConfigurationError, "correct it"),
         (OperationalError, "unable to open database file", ConfigurationError, "correct it"),
         (OperationalError, "database is locked", Unavailable, "another process is writing for a long time, try again"),
-        (DatabaseError, "file is not a database", OutboxError, "X=y: file is not a database"),
+        (DatabaseError, "file is not a database", ConfigurationError, "X=y: file is not a database; name another file"),
         (ProgrammingError, "permission denied for table outbox_message", OutboxError, "permission denied"),
     ],
 )

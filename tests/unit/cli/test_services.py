@@ -71,6 +71,22 @@ def test_an_error_inside_the_module_is_another_thing_with_its_place(folder: Path
     )
 
 
+def test_a_mistake_in_the_module_that_we_refuse_is_said_in_our_words(folder: Path) -> None:
+    (folder / "shop_wrong.py").write_text(
+        "from outbox.consumer import Service\nservice = Service('s')\n@service.on('a.b')\ndef h(message, db_session, /): ...\n"
+    )
+    said = _refusal("shop_wrong:service")
+    assert said.startswith(f"shop_wrong can't be imported: handler h ({folder}/shop_wrong.py:3) has no **extra")
+    (folder / "shop_broken.py").write_text("x = 1\ndef (:\n")
+    assert _refusal("shop_broken:service").endswith(f"SyntaxError: invalid syntax ({folder}/shop_broken.py, line 2)")
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_service_knows_what_was_typed_for_it_so_that_advice_can_be_typed_too() -> None:
+    assert services.find("shop_mail:service").typed == "shop_mail:service"
+    assert services.find("exports").typed == "exports"
+
+
 @pytest.mark.usefixtures("folder")
 def test_what_is_no_service_is_said_with_those_that_are() -> None:
     assert _refusal("shop_mail:nope") == "shop_mail:nope: shop_mail has no 'nope'; it has shop_mail:service"

@@ -71,6 +71,11 @@ def test_text_is_cut_to_the_room_with_a_sign() -> None:
     assert text.cut("x" * 30, 1) == "x" * 19 + "…"
 
 
+def test_a_table_needs_no_standard_output_to_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)  # as in `outbox config >&-`
+    assert text.table(("NAME", "MEANING"), [("x", "y" * 200)]).endswith("y" * 200)
+
+
 def test_json_has_readable_text_and_moments(capsys: pytest.CaptureFixture[str]) -> None:
     text.say_json({"title": "Grüße", "at": datetime(2026, 1, 1, tzinfo=UTC)}, line=True)
     line = capsys.readouterr().out
