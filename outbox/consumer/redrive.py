@@ -153,6 +153,11 @@ class Redriver:
         """Whether its thread still runs; when stopping it ends with the transaction in hand."""
         return self._thread.is_alive()
 
+    def join(self, timeout: float) -> None:
+        """Wait, at most *timeout* seconds, for its end."""
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:

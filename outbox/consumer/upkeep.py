@@ -70,9 +70,10 @@ class Upkeep:
         self._thread.start()
 
     def stop(self) -> None:
-        """Write that the process ended."""
+        """Write that the process ended; doing so again changes nothing."""
         self._ended.set()
-        self._thread.join(_LAST_WRITE_SECONDS)
+        if self._thread.is_alive():
+            self._thread.join(_LAST_WRITE_SECONDS)
 
     def look(self, link: Link | None, *, now: bool = False) -> None:
         """Take notice of how the receiving thread stands; called by it at every turn, it looks only now and then."""

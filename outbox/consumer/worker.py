@@ -123,6 +123,7 @@ class Runtime:
             finally:
                 self.stop()
                 self._drop()
+                self._upkeep.stop()
 
     def stop(self) -> None:
         """Finish the transaction in hand, acknowledge, and end; from any thread."""
@@ -153,14 +154,8 @@ class Runtime:
             self._last_turn()
         cut_short = self._busy
         self._last_turn()
+        self._leave_broker()  # before the background work: a successor may begin
         unfinished = [each for each in self._backgrounds if not each.stop(max(0.0, deadline - time.monotonic()))]
-        if self._link is not None:
-            self._upkeep.look(self._link, now=True)
-            try:
-                self._link.flush()
-            except Exception as error:
-                log.debug("the last acknowledgements may be lost", exc_info=error)
-            self._drop()
         self._upkeep.stop()
         if cut_short:
             self._say("consumer.cut_short", "a handler did not end in time; its transaction is rolled back", logging.ERROR)
@@ -171,6 +166,16 @@ class Runtime:
         self._say("consumer.stopped", f"service {self._service.name!r} ended; what it had not finished stays in its queue")
         return 0
 
+    def _leave_broker(self) -> None:
+        if self._link is None:
+            return
+        self._upkeep.look(self._link, now=True)
+        try:
+            self._link.flush()
+        except Exception as error:
+            log.debug("the last acknowledgements may be lost", exc_info=error)
+        self._drop()
+
     @property
     def _busy(self) -> bool:
         return self._pool.working or self._redriver.working
@@ -178,6 +183,7 @@ class Runtime:
     def _last_turn(self) -> None:
         if self._link is None:
             self._pool.join(_LAST_TURN_SECONDS)
+            self._redriver.join(_LAST_TURN_SECONDS)
             return
         try:
             self._turn(self._link, _LAST_TURN_SECONDS)
@@ -270,9 +276,12 @@ class Runtime:
             yield
             return
 
+        asked: list[int] = []
+
         def ask(number: int, _frame: FrameType | None) -> None:
-            if self._stopping.is_set():
+            if asked:
                 os._exit(128 + number)
+            asked.append(number)
             self.stop()
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
