@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -34,6 +34,7 @@ from outbox.settings import Settings
 if TYPE_CHECKING:
     from blinker import Signal
     from flask import Flask
+    from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.orm import Session
 
     from outbox.sessions import Source
@@ -51,8 +52,10 @@ class State:
     settings: Settings
     #: Gives the session of the current request or command.
     session: Source
-    #: Gives the engine that the outbox tables are in.
+    #: Gives the engine that the outbox tables are in, for commands.
     engine: Callable[[], Engine]
+    #: The same where it was given; None: where the session puts its tables.
+    given_engine: Engine | None
 
     @property
     def topics(self) -> tuple[str, ...]:
@@ -74,11 +77,16 @@ class Outbox:
     """
 
     def __init__(
-        self, app: Flask | None = None, *, session: Source | None = None, engine: Engine | None = None, **options: object
+        self,
+        app: Flask | None = None,
+        *,
+        session: Source | None = None,
+        engine: Engine | AsyncEngine | None = None,
+        **options: object,
     ) -> None:
         self._arguments = {_setting_name(name): value for name, value in options.items()}
         self._session = None if session is None else sessions.source(session)
-        self._engine = database.synchronous(engine)
+        self._engine: Engine | None = database.synchronous(engine)
         self._in_app = False
         self._captures: list[tuple[Signal, Capture]] = []
         self._recorders: list[list[Message]] = []
@@ -89,7 +97,7 @@ class Outbox:
 
     # --- registering --------------------------------------------------------------------------------------------------
 
-    def init_app(self, app: Flask, session: Source | None = None, engine: Engine | None = None) -> None:
+    def init_app(self, app: Flask, session: Source | None = None, engine: Engine | AsyncEngine | None = None) -> None:
         """Read the settings of *app*, find its session, add `flask outbox …`; one outbox may serve several apps.
 
         Raises ConfigurationError with all that is wrong, before anything is sent.
@@ -100,9 +108,9 @@ class Outbox:
         loaded = settings.load(self._arguments, config=app.config, environ=os.environ)
         if loaded.source is None:
             loaded = settings.override(loaded, {"OUTBOX_SOURCE": f"/{app.name}"})
-        known = database.synchronous(engine) or self._engine or sessions.engine_of(source)
-        find_engine = _FlaskEngine(app, source, loaded) if known is None else lambda: known
-        app.extensions["outbox"] = State(self, loaded, source, find_engine)
+        given: Engine | None = database.synchronous(engine) or self._engine
+        known = given or sessions.engine_of(source)
+        app.extensions["outbox"] = State(self, loaded, source, _FlaskEngine(app, source, loaded, known), given)
         self._in_app = True
         _prepare(known)
         _prepare_flask_engines(app)
@@ -158,6 +166,8 @@ class Outbox:
         current session. Raises InvalidMessage and CaptureError; after either the transaction can only be rolled back.
         """
         state = self._state(None)
+        if state.outbox is not self:
+            raise CaptureError("outbox.send(): the current app has another outbox; send with that one")
         target = self._target(state, session)
         by = "outbox.send()"
         with holding.dooming(target, by):
@@ -165,7 +175,7 @@ class Outbox:
             if isinstance(target, Connection):
                 holding.hold_on_connection(target, sent)
             else:
-                holding.hold(target, self._engine, sent)
+                holding.hold(target, state.given_engine, sent)
         self._record(sent)
         return sent.message.id
 
@@ -188,18 +198,19 @@ class Outbox:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _hold(self, capture: Capture, sender: object, data: dict[str, object]) -> UUID | None:
-        own = sessions.of_sender(sender)
-        state = self._state(sender)
-        if state.outbox is not self:
-            return None  # the app that sends has another outbox, and that one captures
-        failpoints.reached("C1")
-        db_session = own or sessions.current(state.session)
         by = f"signal {capture.signal_name!r}"
+        own = sessions.of_sender(sender)
+        with nullcontext() if own is None else holding.dooming(own, by):
+            state = self._state(sender)
+            if state.outbox is not self:
+                return None  # the app that sends has another outbox, and that one captures
+            failpoints.reached("C1")
+            db_session = own or sessions.current(state.session)
         with holding.dooming(db_session, by):
             key = None if capture.key is None else capture.key.fill(data)
             built = _build(state.settings, capture.topic, data, key, _NO_HEADERS, JSON)
             sent = self._sent(state, built, capture.unheard, by)
-            holding.hold(db_session, self._engine, sent)
+            holding.hold(db_session, state.given_engine, sent)
         self._record(sent)
         return built.id
 
@@ -241,7 +252,7 @@ class Outbox:
                 "OUTBOX_SOURCE is not set: which application says it; make the outbox with Outbox(source='/shop'), or send "
                 "inside `with app.app_context():`"
             )
-        return State(self, loaded, self._session or _no_session, lambda: _known(self._engine))
+        return State(self, loaded, self._session or _no_session, lambda: _known(self._engine), self._engine)
 
 
 def _prepare(engine: Engine | None) -> None:
@@ -331,16 +342,15 @@ class _FlaskSession:
 
 @dataclass(frozen=True, slots=True)
 class _FlaskEngine:
-    """The engine of the app, for commands: that of its SQLAlchemy extension, else the one its session is bound to."""
+    """The engine of the app, for commands: the one that was given, that of its SQLAlchemy extension, or its session's."""
 
     app: Flask
     source: Source
     settings: Settings
+    known: Engine | None
 
     def __call__(self) -> Engine:
-        with self.app.app_context():
-            extension = self.app.extensions.get("sqlalchemy")
-            found = next(iter(_default_engines(extension)), None) or sessions.current(self.source).get_bind().engine
+        found = self.known or self._found()
         if not found.dialect.is_async:
             return found
         if self.settings.database_url is None:
@@ -349,6 +359,11 @@ class _FlaskEngine:
                 "database with another driver, such as postgresql+psycopg://"
             )
         return database.create_engine(self.settings.database_url)
+
+    def _found(self) -> Engine:
+        with self.app.app_context():
+            extension = self.app.extensions.get("sqlalchemy")
+            return next(_default_engines(extension), None) or sessions.current(self.source).get_bind().engine
 
 
 def _default_engines(extension: Any) -> Iterator[Engine]:

@@ -179,6 +179,33 @@ def test_two_apps_in_one_process_do_not_mix(make: Make, tmp_path: Path, shared: 
         signal.send(shops[0].app, item_id=1)
 
 
+def test_the_outbox_of_another_app_does_not_send_here(shop: Shop) -> None:
+    other = Outbox()
+    other.init_app(Flask("other"))
+    with shop.app.app_context():
+        shop.db.session.execute(sa.text("SELECT 1"))
+        with pytest.raises(CaptureError, match="the current app has another outbox; send with that one"):
+            other.send("a.b", 1)
+
+
+def test_an_engine_given_for_the_app_is_where_messages_go(tmp_path: Path) -> None:
+    urls = [f"sqlite:///{tmp_path}/{name}.db" for name in ("default", "outbox")]
+    app, outbox = Flask("shop"), Outbox()
+    app.config["SQLALCHEMY_BINDS"] = {"messages": urls[1]}
+    db = with_flask_sqlalchemy(app, urls[0])
+    db.init_app(app)
+    with app.app_context():
+        engine = db.engines["messages"]
+        migrations.upgrade(engine)
+        outbox.init_app(app, engine=engine)
+        db.session.begin()
+        outbox.send("a.b", 1)
+        db.session.commit()
+        assert app.extensions["outbox"].engine() is engine
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(tables.pending)) == 1
+
+
 def test_an_app_has_one_outbox() -> None:
     app, outbox = Flask("shop"), Outbox()
     outbox.init_app(app)

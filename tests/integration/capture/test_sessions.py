@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -69,6 +73,21 @@ def test_a_sessionmaker_has_one_open_session_at_a_time(world: World) -> None:
         signal.send("anybody", id=1)
         first.commit()
     assert world.numbered() == [("talk:1", 1), ("talk:2", 1), ("talk:1", 2), ("talk:1", 3)]
+
+
+def test_each_thread_has_its_own_session_of_a_sessionmaker(world: World) -> None:
+    maker = sessionmaker(world.engine)
+    signal = signal_of(Outbox(session=maker, source="/tests"))
+    begun = threading.Barrier(2)
+
+    def write(id_: int) -> None:
+        with maker.begin():
+            begun.wait(10)  # both are open now
+            signal.send("anybody", id=id_)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (1, 2)))
+    assert sorted(world.numbered()) == [("talk:1", 1), ("talk:2", 1)]
 
 
 # --- found by the sender ------------------------------------------------------------------------------------------------
@@ -219,7 +238,7 @@ def test_an_engine_that_the_outbox_is_given_is_prepared(plain_url: str) -> None:
     Outbox(source="/tests", session=scoped_session(sessionmaker(engines[2])))
     Outbox(source="/tests", session=Session(engines[3]))
     asynchronous = create_async_engine(plain_url.replace("sqlite:", "sqlite+aiosqlite:"))
-    Outbox(source="/tests", engine=asynchronous)  # type: ignore[arg-type]
+    Outbox(source="/tests", engine=asynchronous)
     engines.append(asynchronous.sync_engine)
     assert all(database.is_prepared(engine) for engine in engines)
 
@@ -398,5 +417,8 @@ def test_what_must_be_written_at_once_is_refused_outside_of_run_sync(world: Worl
             await savepoint.commit()
             await session.commit()
 
-    in_asyncio(world, program)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a driver's coroutine that nobody could await
+        in_asyncio(world, program)
+        gc.collect()
     assert world.numbers() == [2, 4]
