@@ -16,7 +16,7 @@ from typing import Any
 from zlib import crc32
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import StatementError
 
@@ -62,6 +62,9 @@ def write(connection: Connection, batch: Sequence[Held], *, notify: bool = False
         if connection.dialect.name != "postgresql":
             for chunk in chunks:
                 _write_sqlite(connection, chunk)
+            return
+        if len(batch) == 1:
+            _write_one_postgresql(connection, batch[0], notify)
             return
         if len(chunks) > 1:  # each would lock its own keys in order, but not all of them together
             _lock_keys(connection, _counts(batch))
@@ -174,6 +177,64 @@ _WRITE = sa.text(_BATCH + "SELECT 1").bindparams(*_PARAMETERS)
 _WRITE_AND_NOTIFY = sa.text(_BATCH + "SELECT pg_notify(:channel, '')").bindparams(*_PARAMETERS, channel=CHANNEL)
 
 
+#: For one message, which most transactions have: less than half the work of the same with arrays, on both sides.
+_ONE = """
+WITH {counted}written AS (
+    INSERT INTO outbox_message (message_id, source, topic, key, sequence, content_type, headers, body, created_at)
+    SELECT CAST(:id AS uuid), CAST(:source AS text), CAST(:topic AS text), CAST(:key AS text), {sequence},
+        CAST(:content_type AS text), CAST(:headers AS text), CAST(:body AS bytea), CAST(:moment AS timestamptz)
+    {origin}
+    RETURNING id, topic, key, sequence, created_at
+){notified}
+INSERT INTO outbox_pending (message_row, shard, topic, key, sequence, available_at, unheard)
+SELECT id, CAST(:shard AS smallint), topic, key, sequence, least(created_at, clock_timestamp()), CAST(:unheard AS text)
+FROM written{listened}
+"""
+_COUNTED = """counted AS (
+    INSERT INTO outbox_key AS counter (key, sequence) VALUES (CAST(:key AS text), 1)
+    ON CONFLICT (key) DO UPDATE SET sequence = counter.sequence + 1
+    RETURNING sequence
+), """
+
+
+def _statement_for_one(*, keyed: bool, notify: bool) -> sa.TextClause:
+    text = _ONE.format(
+        counted=_COUNTED if keyed else "",
+        sequence="counted.sequence" if keyed else "CAST(NULL AS bigint)",
+        origin="FROM counted" if keyed else "",
+        notified=", notified AS MATERIALIZED (SELECT pg_notify(:channel, ''))" if notify else "",
+        listened=", notified" if notify else "",
+    )
+    typed = sa.text(text).bindparams(
+        sa.bindparam("id", type_=sa.Uuid()),
+        sa.bindparam("body", type_=sa.LargeBinary()),
+        sa.bindparam("moment", type_=sa.DateTime(timezone=True)),
+    )
+    return typed.bindparams(channel=CHANNEL) if notify else typed
+
+
+_WRITE_ONE = {
+    (keyed, notify): _statement_for_one(keyed=keyed, notify=notify) for keyed in (True, False) for notify in (True, False)
+}
+
+
+def _write_one_postgresql(connection: Connection, held: Held, notify: bool) -> None:
+    message = held.message
+    parameters = {
+        "id": message.id,
+        "source": message.source,
+        "topic": message.topic,
+        "key": message.key,
+        "content_type": message.content_type,
+        "headers": _headers(message),
+        "body": message.body,
+        "moment": message.created_at,
+        "shard": shard_of(message),
+        "unheard": held.unheard,
+    }
+    connection.execute(_WRITE_ONE[message.key is not None, notify], parameters)
+
+
 def _lock_keys(connection: Connection, counts: list[tuple[str, int]]) -> None:
     connection.execute(_LOCK, {"keys": [key for key, _ in counts]})
 
@@ -200,6 +261,14 @@ def _write_postgresql(connection: Connection, batch: Sequence[Held], notify: boo
 
 
 # --- SQLite -------------------------------------------------------------------------------------------------------------
+
+_COUNT = sa.text(
+    """
+    INSERT INTO outbox_key (key, sequence) VALUES (:key, :count)
+    ON CONFLICT (key) DO UPDATE SET sequence = sequence + excluded.sequence
+    RETURNING sequence
+    """
+)
 
 
 def _write_sqlite(connection: Connection, batch: Sequence[Held]) -> None:
@@ -232,12 +301,4 @@ def _write_sqlite(connection: Connection, batch: Sequence[Held]) -> None:
 
 
 def _count_keys(connection: Connection, counts: list[tuple[str, int]]) -> dict[str, int]:
-    last: dict[str, int] = {}
-    for start in range(0, len(counts), 500):  # SQLite binds at most 32,766 values, old ones 999
-        values = [{"key": key, "sequence": count} for key, count in counts[start : start + 500]]
-        insert = sqlite.insert(tables.key).values(values)
-        upsert = insert.on_conflict_do_update(
-            index_elements=[tables.key.c.key], set_={"sequence": tables.key.c.sequence + insert.excluded.sequence}
-        ).returning(tables.key.c.key, tables.key.c.sequence)
-        last.update((row.key, row.sequence) for row in connection.execute(upsert))
-    return last
+    return {key: connection.execute(_COUNT, {"key": key, "count": count}).scalar_one() for key, count in counts}
