@@ -119,7 +119,7 @@ def status(names: tuple[str, ...], as_json: bool) -> None:
         head = ("SERVICE", "STATE", "APPLIED", "DUPLICATES", "LATE", "GAPS", "PARKED", "HELD KEYS", "LAG")
         text.say(text.table(head, [_cells(item) for item in found], right=head[2:]))
         for item in found:
-            _advise(item, typed[item.service])
+            advise(item, typed[item.service])
     if missing:
         raise OutboxError("\n".join(missing))
 
@@ -130,14 +130,19 @@ def _cells(item: Status) -> tuple[str, ...]:
     return (item.service, "running" if item.running else "stopped", *(f"{count:,}" for count in counts), lag)
 
 
-def _advise(item: Status, typed: str) -> None:
+def advise(item: Status, typed: str) -> None:
+    """Print what is stuck in the service that was *typed* so, and what to do."""
     mark = click.style("! ", fg="yellow", bold=True)
     if item.waiting_for_a_person:
-        waits = f"{text.amount(item.waiting_for_a_person, 'parked message')} of {item.service!r} need a person"
+        need = "needs" if item.waiting_for_a_person == 1 else "need"
+        waits = f"{text.amount(item.waiting_for_a_person, 'parked message')} of {item.service!r} {need} a person"
         sentence = f"{waits}: outbox consumer parked list {typed}"
         text.say("\n" + mark + text.wrapped(sentence, indent="  "))
     if not item.running:
         sentence = f"service {item.service!r} is not running: outbox consumer run {typed}"
+        text.say("\n" + mark + text.wrapped(sentence, indent="  "))
+    elif not any(process["connected"] for process in item.processes):
+        sentence = f"service {item.service!r} has no connection to the broker and goes on by itself once it has: outbox doctor"
         text.say("\n" + mark + text.wrapped(sentence, indent="  "))
 
 
