@@ -112,8 +112,10 @@ def _database_url(value: object) -> str:
     if url.drivername.startswith("postgres:") or url.drivername == "postgres":
         raise ValueError("the scheme is postgresql+psycopg://, not postgres://")
     family = url.get_backend_name()
-    if family not in ("postgresql", "mysql", "mariadb", "sqlite"):
-        raise ValueError(f"{family} is not supported; use postgresql+psycopg://, mysql+pymysql:// or sqlite:///")
+    if family in ("mysql", "mariadb"):
+        raise ValueError("MySQL and MariaDB are not supported yet; use postgresql+psycopg:// or sqlite:///")
+    if family not in ("postgresql", "sqlite"):
+        raise ValueError(f"{family} is not supported; use postgresql+psycopg:// or sqlite:///")
     if family == "sqlite" and url.database in (None, "", ":memory:"):
         raise ValueError("a database in memory is seen by one process only; name a file: sqlite:///instance/name.db")
     return text

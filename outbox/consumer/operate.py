@@ -18,7 +18,7 @@ from outbox.consumer.migrations import history
 from outbox.consumer.tables import Reason, State
 from outbox.consumer.transaction import reading
 from outbox.consumer.upkeep import SEEN_SECONDS
-from outbox.errors import ConfigurationError, OutboxError, SchemaError
+from outbox.errors import OutboxError, SchemaError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,11 +38,8 @@ def open_engine(service: Service, settings: Settings) -> Engine:
     """Return an engine for the service's own database, `CONSUMER_DATABASE_URL` with `{service}` filled in."""
     settings.require("CONSUMER_DATABASE_URL")
     url = str(settings.consumer_database_url).replace("{service}", service.name)
-    family = sa.make_url(url).get_backend_name()
-    if family == "sqlite":
+    if sa.make_url(url).get_backend_name() == "sqlite":
         return database.create_engine(url)
-    if family != "postgresql":
-        raise ConfigurationError(f"CONSUMER_DATABASE_URL={family}://…: services run on PostgreSQL and SQLite")
     # A connection for each worker, the redriver, upkeep, background work, and one to spare. Not asked whether it is alive each
     # time it is taken, which would be a sixth of a small transaction: one that fails is made again, and the work with it.
     spare = 3 + len(service.backgrounds)

@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import StatementError
 
 from outbox import tables
-from outbox.errors import InvalidMessage, SchemaError
+from outbox.errors import CaptureError, InvalidMessage, SchemaError
 from outbox.message import Message
 from outbox.tables import SHARDS
 from outbox.wakeup import CHANNEL
@@ -59,7 +59,10 @@ def write(connection: Connection, batch: Sequence[Held], *, notify: bool = False
     """
     chunks = list(_chunks(batch))
     with _named_errors():
-        if connection.dialect.name != "postgresql":
+        if connection.dialect.name not in ("postgresql", "sqlite"):
+            # Numbering rows and locking counters is different on each database: a guess would lose or reorder messages.
+            raise CaptureError(f"messages can't be written to {connection.dialect.name} yet; use PostgreSQL or SQLite")
+        if connection.dialect.name == "sqlite":
             for chunk in chunks:
                 _write_sqlite(connection, chunk)
             return
