@@ -340,7 +340,7 @@ def until(what: str, holds: Callable[[], bool]) -> None:
     while not holds():
         if time.monotonic() > deadline:
             raise WrongCount(f"waited {WAIT_SECONDS:.0f} s in vain until {what}")
-        pause.wait(0.1)
+        pause.wait(0.3)  # each look starts a process: looking all the time would slow down what is waited for
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -368,7 +368,7 @@ def broker_away() -> Iterator[None]:
 
 
 def prepare_folder() -> None:
-    """Begin with an empty `instance/`; what the demo did not make itself it never deletes."""
+    """Begin with an empty `instance/`: one that an earlier demo made is deleted, with all that came into it since; no other."""
     if INSTANCE.exists() and any(INSTANCE.iterdir()):
         if not MARK.exists():
             raise SystemExit(f"{INSTANCE} holds data that the demo did not make; move it away and try again")
