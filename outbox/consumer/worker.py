@@ -30,7 +30,7 @@ from outbox.consumer.pool import Pool
 from outbox.consumer.redrive import Redriver
 from outbox.consumer.upkeep import Upkeep
 from outbox.consumer.waiting import Waiting
-from outbox.errors import BrokerError, ConfigurationError
+from outbox.errors import BrokerError, ConfigurationError, Unavailable
 from outbox.logs import say
 from outbox.settings import mask
 
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 _RECONNECT = Backoff(0.2, 5.0)
 _DATABASE_SECONDS = 1.0
+#: Who drains waits for an end: a broker that is away for so long is said, with the exit code of "try later".
+_DRAIN_PATIENCE_SECONDS = 20.0
 #: How long the loop waits for the broker before it looks around.
 _TURN_SECONDS = 0.5
 _LAST_TURN_SECONDS = 0.05
@@ -59,7 +61,8 @@ def run(service: Service, settings: Settings, *, drain: bool = False) -> int:
     """Run *service* until SIGTERM or SIGINT, with *drain* until its queue is empty; return the exit code.
 
     0: ended as asked. 1: a worker crashed, or work in hand did not end within `OUTBOX_SHUTDOWN_TIMEOUT`. A second signal
-    ends the process at once. Raises ConfigurationError, SchemaError and BrokerError for what waiting would not mend.
+    ends the process at once. Raises ConfigurationError, SchemaError and BrokerError for what waiting would not mend, and
+    Unavailable where *drain* finds no broker for 20 seconds.
     """
     settings.require("BROKER_URL", "CONSUMER_DATABASE_URL")
     service.check()
@@ -195,13 +198,14 @@ class Runtime:
 
     def _receive(self) -> None:
         """Receive until the process is to stop, over as many connections as that takes."""
-        failures = 0
+        failures, connected_at = 0, time.monotonic()
         while not self._stopping.is_set():
             try:
                 link = self._connect()
                 failures = 0
                 while not self._stopping.is_set():
                     self._turn(link, _TURN_SECONDS)
+                    connected_at = time.monotonic()
                     if self._pool.crash is not None or (self._drain and self._is_drained(link)):
                         self.stop()
             except (ConfigurationError, BrokerError) as error:
@@ -216,6 +220,8 @@ class Runtime:
                 return
             failures += 1
             self._upkeep.look(None)
+            if self._drain and time.monotonic() - connected_at > _DRAIN_PATIENCE_SECONDS:
+                raise Unavailable(f"no connection to {shown(self._url)}: {self._lost}; start the broker and drain again")
             self._stopping.wait(_RECONNECT.wait(failures, self._rng))
 
     def _connect(self) -> Link:

@@ -9,9 +9,10 @@ import pytest
 from outbox import failpoints
 from outbox.consumer import Service, operate, worker
 from outbox.consumer.attempts import Attempts
-from outbox.errors import ConfigurationError
+from outbox.errors import ConfigurationError, Unavailable
 from outbox.settings import Settings, load
 from tests.consuming import EXCHANGE, Desk, Recorder, Running, message, running, series, settings_for
+from tests.kit.ports import free_port
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
@@ -78,6 +79,15 @@ def test_a_service_needs_its_urls_handlers_and_receivers_before_anything_is_open
 def test_each_service_has_a_database_of_its_own_name(tmp_path: Path) -> None:
     settings = settings_for("embedded:///x.db", f"sqlite:///{tmp_path}/{{service}}.db")
     assert operate.open_engine(Service("mail"), settings).url.database == f"{tmp_path}/mail.db"
+
+
+def test_a_drain_without_a_broker_ends_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_DRAIN_PATIENCE_SECONDS", 0.0)
+    settings = settings_for(f"amqp://guest:guest@127.0.0.1:{free_port()}/", f"sqlite:///{tmp_path}/mail.db")
+    service = Recorder().service
+    operate.migrate(service, operate.open_engine(service, settings))
+    with pytest.raises(Unavailable, match=r"no connection to amqp://.*start the broker and drain again"):
+        worker.run(service, settings, drain=True)
 
 
 def test_no_payload_is_logged_whatever_fails(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
