@@ -486,9 +486,10 @@ def test_what_the_broker_gave_up_on_is_read_back_and_parked(rabbit: Place, monke
     gone, stays = message(1, key="a", sequence=1), message(2, key="b", sequence=1)
     rabbit.desk.publish(gone)
     with rabbit.desk.channel() as channel:
-        for method, _, _ in channel.consume(QUEUE):
-            channel.basic_reject(method.delivery_tag, requeue=True)
-            if rabbit.desk.waiting(f"{QUEUE}.dead"):
+        for method, _, _ in channel.consume(QUEUE, inactivity_timeout=0.1):
+            if method is not None:
+                channel.basic_reject(method.delivery_tag, requeue=True)
+            elif rabbit.desk.waiting(f"{QUEUE}.dead"):
                 break
     rabbit.desk.publish(stays)
     with running(recorder.service, rabbit.settings()) as service:
