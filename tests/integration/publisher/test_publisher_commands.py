@@ -123,7 +123,10 @@ def test_a_folder_that_can_not_be_made_ends_the_command_with_its_text_alone(tmp_
     result = flask("migrate", env=env)
 
     assert result.returncode == 1
-    assert result.stderr == f"Error: {tmp_path / 'file'}: File exists\n"
+    assert result.stderr.startswith(
+        f"Error: the folder {tmp_path / 'file'} of the SQLite file can't be made: File exists; correct"
+    )
+    assert result.stderr.count("\n") == 1
 
 
 def test_two_applications_in_one_process_do_not_mix(tmp_path: Path) -> None:
