@@ -152,9 +152,10 @@ def dooming(target: Session | Connection, by: str) -> Iterator[None]:
 
 def _doom(session: Session, reason: str) -> None:
     owner = session.get_nested_transaction() or session.get_transaction()
-    if owner is not None:
-        level = _work_of(session).level(owner)
-        level.doomed = level.doomed or reason
+    if owner is None:
+        return  # it has done nothing that could commit without the message
+    level = _work_of(session).level(owner)
+    level.doomed = level.doomed or reason
     if isinstance(session.bind, Connection):
         _roll_back(session.bind)  # its owner may commit without asking the session
 

@@ -354,6 +354,13 @@ class JoinedPrograms(Programs):
         self.end_the_outer_transaction(commit=True)
         self.connection.close()
 
+    @rule(end=st.sampled_from(["rollback", "close", "reset"]))
+    def end(self, end: str) -> None:
+        # SQLAlchemy would keep those of the connection for open, and refuse what comes next.
+        while self.is_in_savepoint_of_the_connection:
+            self.savepoints.pop().rollback()
+        super().end(end)
+
     @precondition(lambda self: False)
     @rule()
     def refuse_in_a_savepoint(self) -> None:

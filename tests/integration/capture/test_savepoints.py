@@ -227,6 +227,16 @@ def test_after_a_refusal_in_a_joined_session_the_outer_transaction_cannot_commit
     assert talks(world) == 0
 
 
+def test_a_refusal_before_any_work_of_a_joined_session_leaves_the_outer_transaction_alone(world: World) -> None:
+    with world.engine.connect() as connection:
+        connection.begin()
+        connection.execute(sa.insert(Talk).values(title="of somebody else"))
+        with Session(connection) as session, pytest.raises(CaptureError, match="no transaction is open on the session"):
+            world.outbox.send("a.b", 1, session=session)
+        connection.commit()
+    assert talks(world) == 1
+
+
 def talks(world: World) -> int:
     with world.engine.connect() as connection:
         return connection.scalar(sa.select(sa.func.count()).select_from(Talk)) or 0
