@@ -7,6 +7,7 @@ calls may cost a whole turn of the interpreter's lock (seen: 4,200 messages a se
 from __future__ import annotations
 
 import errno
+import socket
 import ssl
 import struct
 from typing import TYPE_CHECKING, Any
@@ -68,9 +69,16 @@ def transport(url: AmqpUrl, name: str) -> Any:
             "frame_handler": tolerant_frames,
             "read_timeout": SOCKET_SECONDS,
             "write_timeout": SOCKET_SECONDS,
+            "socket_settings": _socket_settings(),
         },
     )
     return parameters.transport
+
+
+def _socket_settings() -> dict[int, int]:
+    """Return how long the kernel waits for the broker's machine; py-amqp gives up after one second of packet loss."""
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
+    return {} if option is None else {option: int(SOCKET_SECONDS * 1000)}
 
 
 # --- reading in large pieces -------------------------------------------------------------------------------------------
