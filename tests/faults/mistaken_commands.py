@@ -37,6 +37,9 @@ def acknowledge_before_commit() -> None:
 
     def arrived_and_done(self: Runtime, arrival: Any) -> None:
         arrival.receipt.settled()
+        if self._link is not None:  # and told at once: whether the kill comes before or after must not be left to chance
+            self._link.acknowledge()
+            self._link.flush()
         arrived(self, arrival)
 
     Runtime._arrived = arrived_and_done  # type: ignore[method-assign]
