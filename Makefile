@@ -7,6 +7,8 @@ PYTHON := .venv/bin/python
 STAMP  := .venv/.in-step-with-pyproject
 EXTRAS := rabbitmq,postgres,metrics,otel
 UV     := $(shell command -v uv 2>/dev/null)
+# Two processes, each with servers of its own: much of a test's time is waiting, and more would mostly boot servers.
+WORKERS := --numprocesses 2 --dist worksteal
 # A name may be there without the program behind it (shims of version managers), so each is asked for its version.
 BASE   := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -50,9 +52,9 @@ dev: $(STAMP) ## API with reload on port 8000, relay and services, on embedded S
 	 .venv/bin/flask --app publisher run --debug --port 8000
 
 .PHONY: test
-test: $(STAMP) ## all tests, on private PostgreSQL and RabbitMQ (ARGS="-k relay": some)
+test: $(STAMP) ## all tests, on private PostgreSQL and RabbitMQ (ARGS="-k relay": some; ARGS="-n 0": in one process)
 	@$(PYTHON) -m tests.kit.provision
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest $(WORKERS) $(ARGS)
 
 .PHONY: chaos
 chaos: $(STAMP) ## the tests that kill processes and servers (SEED=42: as in the run that printed this seed)

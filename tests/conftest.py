@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from contextlib import ExitStack
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
@@ -44,6 +45,10 @@ class Spawn(Protocol):
 # How long an example takes to draw or to run says how busy the machine is, not whether the code is right.
 hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("any machine")
+
+# A shell that starts pytest in the background lets it ignore Ctrl-C, and every process of the tests would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: What tests decide by chance follows from this number alone, so that a run can be repeated.
 SEED = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(10**6))

@@ -53,7 +53,7 @@ def test_fields_that_can_not_be_accepted_are_named_by_pointer(sqlite_api: Api) -
         ({}, b"{}"),
         ({"Content-Type": "text/plain"}, b"{}"),
         ({"Content-Type": "application/x-www-form-urlencoded"}, b"name=x"),
-        (JSON | {"Content-Encoding": "gzip"}, gzip.compress(b"{}")),
+        (JSON | {"Content-Encoding": "gzip"}, gzip.compress(b"{}", mtime=0)),
     ],
 )
 def test_a_body_of_another_kind_is_refused(sqlite_api: Api, headers: dict[str, str], data: bytes) -> None:
