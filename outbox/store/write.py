@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 from zlib import crc32
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import StatementError
 
 from outbox import tables
@@ -200,6 +201,11 @@ _COUNTED = """counted AS (
 ), """
 
 
+_ONE_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
+    "id": sa.Uuid(), "body": sa.LargeBinary(), "moment": sa.DateTime(timezone=True)
+}  # fmt: skip
+
+
 def _statement_for_one(*, keyed: bool, notify: bool) -> sa.TextClause:
     text = _ONE.format(
         counted=_COUNTED if keyed else "",
@@ -208,17 +214,35 @@ def _statement_for_one(*, keyed: bool, notify: bool) -> sa.TextClause:
         notified=", notified AS MATERIALIZED (SELECT pg_notify(:channel, ''))" if notify else "",
         listened=", notified" if notify else "",
     )
-    typed = sa.text(text).bindparams(
-        sa.bindparam("id", type_=sa.Uuid()),
-        sa.bindparam("body", type_=sa.LargeBinary()),
-        sa.bindparam("moment", type_=sa.DateTime(timezone=True)),
-    )
-    return typed.bindparams(channel=CHANNEL) if notify else typed
+    return sa.text(text).bindparams(*(sa.bindparam(name, type_=type_) for name, type_ in _ONE_TYPES.items()))
 
 
-_WRITE_ONE = {
-    (keyed, notify): _statement_for_one(keyed=keyed, notify=notify) for keyed in (True, False) for notify in (True, False)
-}
+class _ForDriver:
+    """The statements for one message as one dialect's driver takes them.
+
+    Compiled once: SQLAlchemy would look each up by the key of all its parts, which costs as much as the driver's own work.
+    """
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._statements = {
+            (keyed, notify): _statement_for_one(keyed=keyed, notify=notify).compile(dialect=dialect)
+            for keyed in (True, False)
+            for notify in (True, False)
+        }
+        found = {name: type_.dialect_impl(dialect).bind_processor(dialect) for name, type_ in _ONE_TYPES.items()}
+        self._convert = {name: convert for name, convert in found.items() if convert is not None}
+
+    def execute(self, connection: Connection, parameters: dict[str, Any], *, notify: bool) -> None:
+        compiled = self._statements[parameters["key"] is not None, notify]
+        for name, convert in self._convert.items():
+            parameters[name] = convert(parameters[name])
+        order = compiled.positiontup
+        given = parameters if order is None else tuple(parameters[name] for name in order)
+        connection.exec_driver_sql(str(compiled), given)
+
+
+#: By dialect: an engine has its own.
+_for_driver: WeakKeyDictionary[Dialect, _ForDriver] = WeakKeyDictionary()
 
 
 def _write_one_postgresql(connection: Connection, held: Held, notify: bool) -> None:
@@ -234,8 +258,12 @@ def _write_one_postgresql(connection: Connection, held: Held, notify: bool) -> N
         "moment": message.created_at,
         "shard": shard_of(message),
         "unheard": held.unheard,
+        "channel": CHANNEL,
     }
-    connection.execute(_WRITE_ONE[message.key is not None, notify], parameters)
+    driver = _for_driver.get(connection.dialect)
+    if driver is None:
+        driver = _for_driver.setdefault(connection.dialect, _ForDriver(connection.dialect))
+    driver.execute(connection, parameters, notify=notify)
 
 
 def _lock_keys(connection: Connection, counts: list[tuple[str, int]]) -> None:
