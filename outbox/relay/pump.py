@@ -40,8 +40,8 @@ _ENVELOPE_BYTES = 600
 _WINDOW_BYTES, _READ_BYTES, _LOADED_BYTES = 32 << 20, 8 << 20, 64 << 20
 #: Rows of one key in memory: one hot key must not fill it.
 _ROWS_PER_KEY = 100
-#: Answers wait this long for company before they are settled; alone they would cost a commit each.
-_SETTLE_SECONDS = 0.02
+#: Answers wait this long for company before they are settled. A commit costs the disk's time, and new messages wait for it.
+_SETTLE_SECONDS = 0.05
 #: While messages flow, and for this long after a wake-up that brought nothing, reads come this close together.
 _WOKEN_READ_SECONDS, _FLOWING_READ_SECONDS = 0.0015, 0.1
 
@@ -183,7 +183,7 @@ class Pump:
         if not self._confirmed and not self._changes:
             return None
         enough = len(self._confirmed) + len(self._changes) >= self._limits.batch_rows
-        return self._answered_at if enough or not self.lanes.flying else self._answered_at + _SETTLE_SECONDS
+        return self._answered_at if enough else self._answered_at + _SETTLE_SECONDS
 
     @property
     def unsettled(self) -> int:

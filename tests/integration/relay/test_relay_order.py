@@ -49,6 +49,9 @@ def test_committed_messages_are_published_once_in_order_within_their_keys_and_th
         assert stage.sequences(key) == list(range(1, len(stage.sequences(key)) + 1))
     assert stage.published_total() == 200
     assert {receipt.relay for receipt in stage.receipts()} == {stage.relay.id}
+    stage.turn(40)
+    assert stage.relay.pump.lanes.idle
+    assert stage.relay.pump.lanes.known() == []  # nothing is remembered for ever
 
 
 def test_a_message_arrives_as_it_was_stored(engine: Engine) -> None:

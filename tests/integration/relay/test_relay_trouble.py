@@ -238,6 +238,7 @@ def test_a_relay_that_hung_while_another_took_over_sends_no_more_and_changes_not
 
 def test_a_hung_relay_that_gets_its_shards_back_goes_on_where_the_other_left_off(engine: Engine) -> None:
     hung, other = hang_and_take_over(engine, None)
+    other.relay.pump.settle()
     other.relay.shards.release()
     hung.run_dry()
     arrived = [*other.sequences("a"), *hung.sequences("a")]
