@@ -26,9 +26,11 @@ class FakeBroker:
         *,
         connected: bool = True,
         patient: bool = True,
+        whole_batches: bool = False,
     ) -> None:
         """Without *patient* it never waits for an answer: for tests that turn the relay by hand, by a clock of theirs."""
         self._patient = patient
+        self.whole_batches = whole_batches
         self.script = script or (lambda _message: Outcome.CONFIRMED)
         self.sent: list[Message] = []
         self.delivered: list[Message] = []

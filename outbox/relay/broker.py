@@ -77,6 +77,13 @@ class BrokerState:
 class Broker(Protocol):
     """A connection to a broker that keeps itself up. Its methods are called from one thread, except `wake`."""
 
+    @property
+    def whole_batches(self) -> bool:
+        """Whether a batch arrives whole and in order, save for what no queue takes, or not at all.
+
+        Then several messages of one key may be in it; otherwise the broker could refuse one and take the next.
+        """
+
     def start(self) -> None:
         """Begin to connect, in the background; the broker need not be up. Reconnects by itself, with jitter, until `stop`."""
 

@@ -34,6 +34,8 @@ class EmbeddedBroker:
     failure the file is closed, and opened again from `answers`, so that a disk that was full is found empty again.
     """
 
+    whole_batches = True
+
     def __init__(self, url: str, *, exchange: str, app_id: str = "outbox", reopen: Backoff = _REOPEN) -> None:
         self._path = path_of(url)
         self._exchange = exchange
@@ -58,11 +60,20 @@ class EmbeddedBroker:
         began = time.monotonic()
         publications: list[Publication] = []
         tokens: list[int] = []
+        refused: set[str | None] = set()
         for outgoing in batch:
+            key = outgoing.message.key
+            if key in refused:
+                self._answers.append(
+                    Answer(outgoing.token, Outcome.LOST, f"{NOT_SENT}an earlier message of its key was refused")
+                )
+                continue
             try:
                 publications.append(self._publication(outgoing.message))
             except Exception as error:  # noqa: BLE001 - whatever it is, it is this message's fault and must not stop the others
                 self._answers.append(Answer(outgoing.token, Outcome.REFUSED, f"can't be encoded: {type(error).__name__}"))
+                if key is not None:
+                    refused.add(key)
             else:
                 tokens.append(outgoing.token)
         reached = self._publish(publications)

@@ -1,10 +1,13 @@
-"""What may be sent next: in order within a key, one at a time per key, as much at once as the window allows. Pure, no I/O.
+"""What may be sent next: in order within a key, as much at once as the window allows. Pure, no I/O.
 
 ```text
  load ──► waiting in the lane of its key ──► ready ──► flying ──► done / held ──► settled ──► forgotten
              (without a key: ready at once)    ▲          │
                                                └── lost ──┘
 ```
+
+One message of a key is in flight at a time: the broker may refuse it and take the next. Only where a batch arrives whole or
+not at all may neighbours of a key fly together, and then nothing more of the key until all of them are answered.
 
 A row that was answered is remembered until a read that began after the commit of its settling has returned: an earlier
 read may still show the row as it was. A key whose message was not delivered stays blocked for as long; then the hold in the
@@ -59,7 +62,8 @@ class _Lane:
     """The loaded rows of one key, lowest sequence first."""
 
     waiting: list[Item] = field(default_factory=list)
-    flying: Item | None = None
+    #: How many of its messages are in flight.
+    flying: int = 0
     #: Undelivered messages whose hold is not yet in the database, as far as reads have shown.
     blocks: int = 0
 
@@ -71,7 +75,9 @@ _MARKS = 10_000
 class Lanes:
     """Everything the relay has in memory between reading a row and being sure that it is gone."""
 
-    def __init__(self, *, window: int, window_bytes: int, rows_per_key: int) -> None:
+    def __init__(self, *, window: int, window_bytes: int, rows_per_key: int, neighbours: bool = False) -> None:
+        """*neighbours*: of one key several may fly together, because the broker takes a batch whole or not at all."""
+        self._neighbours = neighbours
         self._window = window
         self._window_bytes = window_bytes
         self._rows_per_key = rows_per_key
@@ -252,7 +258,7 @@ class Lanes:
             if item is None or item.place is not Place.READY:
                 heapq.heappop(self._ready)
                 continue
-            if self._flying and self._flying_bytes + item.size > self._window_bytes:
+            if not self._fits(item):
                 break
             heapq.heappop(self._ready)
             if not allow(item):
@@ -260,9 +266,25 @@ class Lanes:
                 continue
             self._start(item)
             taken.append(item)
+            while self._flying < window and (following := self._neighbour(item)) and self._fits(following) and allow(following):
+                item = following
+                self._start(item)
+                taken.append(item)
         for id_ in refused:
             heapq.heappush(self._ready, id_)
         return taken
+
+    def _fits(self, item: Item) -> bool:
+        return not self._flying or self._flying_bytes + item.size <= self._window_bytes
+
+    def _neighbour(self, item: Item) -> Item | None:
+        """Return the message that may fly with *item*, the last one started of its key: the very next, if nothing is wrong."""
+        if not self._neighbours or item.row.key is None or not _is_plain(item):
+            return None
+        waiting = self._lanes[item.row.key].waiting
+        if not waiting or not _is_plain(waiting[0]) or waiting[0].row.sequence != (item.row.sequence or 0) + 1:
+            return None
+        return waiting[0]
 
     def ready_ids(self, among: Iterable[int] | None = None) -> set[int]:
         """Return the ids of all that is ready, or of those *among* the given ones."""
@@ -276,7 +298,7 @@ class Lanes:
         if item.row.key is not None:
             lane = self._lanes[item.row.key]
             lane.waiting.remove(item)
-            lane.flying = item
+            lane.flying += 1
             if item.row.key in self._saturated:
                 self._refill(item.row.key)
 
@@ -327,9 +349,13 @@ class Lanes:
             self._make_ready(item)
             return
         lane = self._lanes[item.row.key]
-        lane.flying = None
+        lane.flying -= 1
         item.place = Place.WAITING
         item.proven = True
+        if lane.blocks:  # its neighbour was not delivered: it comes again when the hold of that is in the database
+            self._drop(item)
+            self._advance(item.row.key, lane)
+            return
         if lane.waiting:
             lane.waiting[0].place = Place.WAITING
         insort(lane.waiting, item, key=_order)
@@ -359,7 +385,7 @@ class Lanes:
         self._bytes -= item.size
         if item.row.key is not None:
             lane = self._lanes[item.row.key]
-            lane.flying = None
+            lane.flying -= 1
             self._drop_waiting(lane)
             self._advance(item.row.key, lane)
 
@@ -376,7 +402,7 @@ class Lanes:
         del self._items[item.row.id]
         self._unsettled[item.row.id] = blocks
         if item.row.key is not None:
-            self._lanes[item.row.key].flying = None
+            self._lanes[item.row.key].flying -= 1
 
     def _drop(self, item: Item) -> None:
         del self._items[item.row.id]
@@ -391,7 +417,7 @@ class Lanes:
     def _advance(self, key: str, lane: _Lane) -> None:
         """See whether the first of the lane may go, or must be asked about; drop a lane that says nothing any more."""
         self._unproven.pop(key, None)
-        if lane.flying is None and not lane.blocks and lane.waiting:
+        if not lane.flying and not lane.blocks and lane.waiting:
             head = lane.waiting[0]
             if head.place is Place.WAITING:
                 if self._is_next(head):
@@ -400,7 +426,7 @@ class Lanes:
                     self._unproven[key] = None
         if key in self._saturated:
             self._refill(key)
-        if lane.flying is None and not lane.blocks and not lane.waiting:
+        if not lane.flying and not lane.blocks and not lane.waiting:
             del self._lanes[key]
 
     def _is_next(self, item: Item) -> bool:
@@ -416,6 +442,11 @@ class Lanes:
 
     def _look_again(self, after: int) -> None:
         self._revisit = after if self._revisit is None else min(self._revisit, after)
+
+
+def _is_plain(item: Item) -> bool:
+    """Say whether nothing is wrong with *item* so far: it was never held, and can be a message."""
+    return item.row.state == State.PENDING and not item.problem
 
 
 def _order(item: Item) -> tuple[int, int]:

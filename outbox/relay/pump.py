@@ -82,7 +82,9 @@ class Pump:
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311
         rows_per_key = max(1, min(_ROWS_PER_KEY, (limits.window + limits.batch_rows) // 10))
-        self.lanes = Lanes(window=limits.window, window_bytes=_WINDOW_BYTES, rows_per_key=rows_per_key)
+        self.lanes = Lanes(
+            window=limits.window, window_bytes=_WINDOW_BYTES, rows_per_key=rows_per_key, neighbours=broker.whole_batches
+        )
         self._position = Position()
         self._caution = Caution()
         self._topics = Topics(unheard_seconds=policy.unheard_seconds)

@@ -33,6 +33,8 @@ _GOODBYE_SECONDS = 1.0
 class RabbitBroker:
     """The relay's `Broker` on RabbitMQ. Raises ConfigurationError for a URL or certificates that can't be used."""
 
+    whole_batches = False
+
     def __init__(
         self,
         url: str,

@@ -43,10 +43,17 @@ def settings(**changes: Any) -> Settings:
 class Stage:
     """One relay, its database and its broker."""
 
-    def __init__(self, engine: Engine, script: Callable[[Message], Outcome | None] | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        script: Callable[[Message], Outcome | None] | None = None,
+        *,
+        whole_batches: bool = False,
+        **changes: Any,
+    ) -> None:
         self.engine = engine
         self.clock = Clock()
-        self.broker = FakeBroker(script, patient=False)
+        self.broker = FakeBroker(script, patient=False, whole_batches=whole_batches)
         self.broker.start()
         self.relay = Relay(settings(**changes), engine, self.broker, Mode.RUN, clock=self.clock, lease_clock=self.clock)
 

@@ -54,6 +54,15 @@ def test_committed_messages_are_published_once_in_order_within_their_keys_and_th
     assert stage.relay.pump.lanes.known() == []  # nothing is remembered for ever
 
 
+def test_where_the_broker_takes_whole_batches_one_key_needs_few_of_them(engine: Engine) -> None:
+    stage = Stage(engine, whole_batches=True)
+    stage.write(*(message("t", "a") for _ in range(100)))
+    stage.run_dry()
+    assert stage.sequences("a") == list(range(1, 101))
+    # The first alone, as on every new connection, and then up to what is loaded of a key.
+    assert [len(batch) for batch in stage.broker.batches][:2] == [1, 99]
+
+
 def test_a_message_arrives_as_it_was_stored(engine: Engine) -> None:
     stage = Stage(engine)
     one = message("session.modified", "event:1", '{"title":"Grüße"}'.encode())

@@ -113,6 +113,25 @@ def test_nothing_is_answered_before_the_commit(broker: EmbeddedBroker, queues: Q
     assert _outcomes(broker) == {0: Outcome.CONFIRMED}
 
 
+def test_what_follows_a_refused_message_in_its_key_is_not_sent(
+    broker: EmbeddedBroker, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(message: Message) -> bytes:
+        if message.body == b"unfit":
+            raise AssertionError
+        return cloud_event(message)
+
+    monkeypatch.setattr("outbox.relay.embedded.cloud_event", encode)
+    broker.start()
+    bodies = [("a", b"1"), ("a", b"unfit"), ("a", b"3"), ("b", b"4"), (None, b"unfit"), (None, b"6")]
+    broker.send([Outgoing(token, _message(key=key, body=body)) for token, (key, body) in enumerate(bodies)])
+    answers = {answer.token: answer for answer in broker.answers(0)}
+    confirmed, refused, lost = Outcome.CONFIRMED, Outcome.REFUSED, Outcome.LOST
+    assert [answers[token].outcome for token in range(6)] == [confirmed, refused, lost, confirmed, refused, confirmed]
+    assert answers[2].detail.startswith(NOT_SENT)
+    assert queues.depth("exports").ready == 3
+
+
 def test_a_message_that_cannot_be_encoded_is_refused_alone(
     broker: EmbeddedBroker, queues: Queues, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,8 @@ def item(of: Row, size: int = 1) -> Item:
     return Item(of, None, size, epoch=1)
 
 
-def lanes(window: int = 10, window_bytes: int = 1_000_000, rows_per_key: int = 100) -> Lanes:
-    return Lanes(window=window, window_bytes=window_bytes, rows_per_key=rows_per_key)
+def lanes(window: int = 10, window_bytes: int = 1_000_000, rows_per_key: int = 100, neighbours: bool = False) -> Lanes:
+    return Lanes(window=window, window_bytes=window_bytes, rows_per_key=rows_per_key, neighbours=neighbours)
 
 
 def load(into: Lanes, *rows: Row, size: int = 1) -> list[int]:
@@ -53,6 +53,54 @@ def test_one_message_of_a_key_is_in_flight_and_the_next_starts_when_it_is_delive
     assert take(held) == [1, 3]
     held.done(flying(held, 1))
     assert take(held) == [2]
+
+
+def test_where_batches_are_whole_neighbours_of_a_key_fly_together_and_the_next_wait_for_all_of_them() -> None:
+    held = lanes(window=5, neighbours=True)
+    load(held, *(row(n, "a", n) for n in range(1, 5)), row(5, "b", 1), row(6, "a", 5))
+    assert take(held) == [1, 2, 3, 4, 6]
+    held.done(flying(held, 1))
+    assert take(held) == [5]
+    load(held, row(7, "a", 6))
+    for id in (2, 3, 4):
+        held.done(flying(held, id))
+        assert take(held) == []
+    held.done(flying(held, 6))
+    assert take(held) == [7]
+
+
+def test_what_was_held_or_leaves_a_number_out_flies_with_no_neighbour() -> None:
+    held = lanes(neighbours=True)
+    load(held, row(1, "a", 1, state="retrying"), row(2, "a", 2), row(3, "a", 4))
+    assert take(held) == [1]
+    held.done(flying(held, 1))
+    assert take(held) == [2]
+    held.done(flying(held, 2))
+    assert held.unproven() == [3]
+    load(held, row(4, "b", 1), row(5, "b", 2, state="retrying"), row(6, "b", 3))
+    assert take(held) == [3, 4]
+    held.done(flying(held, 4))
+    assert take(held) == [5]
+
+
+def test_neighbours_keep_to_the_bytes_of_the_window() -> None:
+    held = lanes(window_bytes=10, neighbours=True)
+    load(held, row(1, "a", 1), row(2, "a", 2), row(3, "a", 3), size=5)
+    assert take(held) == [1, 2]
+
+
+def test_neighbours_go_again_together_when_their_batch_is_lost_and_not_at_all_when_one_was_refused() -> None:
+    held = lanes(neighbours=True)
+    load(held, row(1, "a", 1), row(2, "a", 2), row(3, "a", 3))
+    assert take(held) == [1, 2, 3]
+    for id in (1, 2, 3):
+        held.again(flying(held, id))
+    assert take(held) == [1, 2, 3]
+    held.done(flying(held, 1))
+    held.hold(flying(held, 2))
+    held.again(flying(held, 3))
+    assert take(held) == []
+    assert held.loaded == 0
 
 
 def test_the_window_is_bounded_by_bytes_but_lets_one_larger_message_through_alone() -> None:
