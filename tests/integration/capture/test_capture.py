@@ -8,18 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from enum import Enum
-from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from outbox import tables
 from tests.integration.capture.conftest import Talk, World
-
-if TYPE_CHECKING:
-    pass
+from tests.kit.costs import statements
 
 
 def test_a_commit_writes_the_message_a_rollback_does_not(world: World) -> None:
@@ -69,7 +65,7 @@ def test_one_commit_is_one_statement_on_postgresql_however_many_signals(world: W
         session.execute(sa.text("SELECT 1"))
         for number in range(count):
             world.send(event_id=number % keys)
-        with statements(world) as seen:
+        with statements(world.engine) as seen:
             session.commit()
         assert len(seen) == expected, seen
 
@@ -138,25 +134,3 @@ def test_two_commits_of_the_same_keys_in_opposite_order_do_not_deadlock(world: W
         list(pool.map(write, [(1, 2, 3), (3, 2, 1)] * 25))
     for number in (1, 2, 3):
         assert [s for k, s in world.numbered() if k == f"event:{number}"] == list(range(1, 51))
-
-
-def statements(world: World) -> Any:
-    """Collect the statements sent inside the block, BEGIN and COMMIT not counted."""
-    return _Statements(world)
-
-
-class _Statements:
-    def __init__(self, world: World) -> None:
-        self._engine = world.engine
-        self.seen: list[str] = []
-
-    def __enter__(self) -> list[str]:
-        event.listen(self._engine, "before_cursor_execute", self._note)
-        return self.seen
-
-    def __exit__(self, *_: object) -> None:
-        event.remove(self._engine, "before_cursor_execute", self._note)
-
-    def _note(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if not statement.startswith("BEGIN"):
-            self.seen.append(statement)
