@@ -1,11 +1,13 @@
-"""What one keyed message costs a transaction, against the same transaction without."""
+"""What one keyed message costs a transaction, against the same transaction without, and with another row instead."""
 
 from __future__ import annotations
 
 import random
+import statistics
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -19,8 +21,18 @@ business = sa.Table(
 DATA = {"event_id": 1, "session_id": 7, "change": "accepted", "session": {"title": "x" * 200}}
 
 
-def transactions(stage: Stage, threads: int, rounds: int, seconds: float) -> tuple[float, float]:
-    """Return transactions per second without and with a message, each the median of *rounds* rounds taken in turn."""
+class Rates(NamedTuple):
+    """Transactions per second."""
+
+    plain: float
+    #: With one more INSERT of a small row.
+    row: float
+    #: With one keyed message.
+    message: float
+
+
+def transactions(stage: Stage, threads: int, rounds: int, seconds: float) -> Rates:
+    """Return the medians of *rounds* rounds taken in turn."""
     engine = stage.engine(pool_size=threads)
     business.create(engine, checkfirst=True)
     outbox = new_outbox()
@@ -28,16 +40,20 @@ def transactions(stage: Stage, threads: int, rounds: int, seconds: float) -> tup
     def without(session: Session, _dice: random.Random) -> None:
         session.execute(sa.insert(business).values(text="x" * 100))
 
+    def with_row(session: Session, _dice: random.Random) -> None:
+        session.execute(sa.insert(business).values(text="x" * 100))
+        session.execute(sa.insert(business).values(text="x" * 100))
+
     def with_message(session: Session, dice: random.Random) -> None:
         session.execute(sa.insert(business).values(text="x" * 100))
         outbox.send("bench.said", DATA, key=f"event:{dice.randrange(1000)}", session=session)
 
-    for work in (without, with_message):
+    works = (without, with_row, with_message)
+    for work in works:
         _rate(engine, work, threads, 0.5)
-    pairs = [(_rate(engine, without, threads, seconds), _rate(engine, with_message, threads, seconds)) for _ in range(rounds)]
+    taken = [[_rate(engine, work, threads, seconds) for work in works] for _ in range(rounds)]
     engine.dispose()
-    plain, kept = (sorted(values)[rounds // 2] for values in zip(*pairs, strict=True))
-    return plain, kept
+    return Rates(*(statistics.median(values) for values in zip(*taken, strict=True)))
 
 
 def wal_bytes_per_message(stage: Stage, messages: int) -> float:
