@@ -19,7 +19,7 @@ from outbox.consumer.migrations import history
 from outbox.consumer.outcomes import Outcome
 from outbox.consumer.parking import Aside
 from outbox.consumer.tables import Reason
-from outbox.consumer.transaction import transaction
+from outbox.consumer.transaction import protect, transaction
 from outbox.database import prepare
 from outbox.message import Message, Received, cloud_event
 
@@ -73,6 +73,9 @@ class Deliveries:
     #: Whose row of the counters this one adds to.
     worker: int
     clock: Callable[[], datetime] = field(default=now_utc)
+
+    def __post_init__(self) -> None:
+        protect(self.engine)
 
     def settle(self, batch: Sequence[Arrival], aside: Mapping[Arrival, Aside] = _NONE_ASIDE) -> list[Settled]:
         """Settle *batch* in one transaction, in order: applied, recognised as duplicates, or parked.

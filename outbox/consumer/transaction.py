@@ -6,6 +6,7 @@ import contextlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -22,14 +23,36 @@ class Transient(Exception):
     """The service's database was away, busy, or rolled back for another's sake. Nothing was written; try again."""
 
 
+#: On the connection of a transaction that only the runtime may commit.
+_SHARED = "outbox_shared"
+
+
+def _refused(call: str) -> HandlerMistake:
+    return HandlerMistake(
+        f"a handler called {call}: the runtime commits when the handler returns and rolls back when it raises; to undo a "
+        "part, use `with db_session.begin_nested():`"
+    )
+
+
+def protect(engine: Engine) -> None:
+    """Refuse commits of handlers past their session, on `db_session.connection()`; doing so again changes nothing.
+
+    The inbox rows of the whole batch would be committed without the effects: the messages behind lost, as duplicates.
+    """
+    if not event.contains(engine, "commit", _refuse_commit):
+        event.listen(engine, "commit", _refuse_commit)
+
+
+def _refuse_commit(connection: Connection) -> None:
+    if connection.get_execution_options().get(_SHARED):
+        raise _refused("commit() on the connection or the transaction of db_session")
+
+
 class HandlerSession(Session):
     """A session whose transaction belongs to the runtime: it holds the inbox rows of other messages too."""
 
     def _refuse(self, call: str) -> NoReturn:
-        raise HandlerMistake(
-            f"a handler called db_session.{call}(): the runtime commits when the handler returns and rolls back when it "
-            "raises; to undo a part, use `with db_session.begin_nested():`"
-        )
+        raise _refused(f"db_session.{call}()")
 
     def commit(self) -> None:
         self._refuse("commit")
@@ -54,8 +77,9 @@ def transaction(engine: Engine) -> Iterator[HandlerSession]:
     connection = None
     try:
         work = session.begin()
-        connection = session.connection()
+        connection = session.connection(execution_options={_SHARED: True})
         yield session
+        connection.execution_options(**{_SHARED: False})
         work.commit()
     except Exception as error:
         lost = connection is not None and not connection.closed and connection.invalidated

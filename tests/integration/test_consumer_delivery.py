@@ -255,6 +255,21 @@ def test_a_database_error_that_a_handler_swallowed_is_explained(postgres_engine:
         stage.settle(message(1))
 
 
+@pytest.mark.parametrize("part", ["connection", "get_transaction"])
+def test_a_handler_that_commits_past_its_session_leaves_nothing_of_the_batch(stage: Stage, part: str) -> None:
+    def end(received: Any, session: Any) -> None:
+        if received.data["number"] == 2:
+            getattr(session, part)().commit()
+
+    stage.recorder.before = end
+    batch = [message(number) for number in (1, 2, 3)]
+    with pytest.raises(HandlerMistake, match=r"commit\(\) on the connection or the transaction of db_session"):
+        stage.settle(*batch)
+    assert stage.seen == []
+    stage.recorder.before = None
+    assert stage.settle(*batch) == [Outcome.APPLIED] * 3  # no inbox row was left to call them duplicates
+
+
 # --- forgetting --------------------------------------------------------------------------------------------------------
 
 
