@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from asyncio import CancelledError
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -52,14 +53,27 @@ class Handler:
             raise Incomplete(f"{self.name} needs {_listed(missing)}; {found}")
         token = current.set(Current(message, db_session))
         try:
-            self.function(message, db_session, **fields)
+            result = self.function(message, db_session, **fields)
         except SystemExit as error:
             raise HandlerMistake(f"{self.name} called sys.exit(); raise Reject or Retry, or let an error out") from error
+        except CancelledError as error:  # no Exception either: it would end the process
+            raise HandlerMistake(f"{self.name} was cancelled by what it called (asyncio.CancelledError)") from error
         finally:
             current.reset(token)
+        if problem := _not_run(result):
+            raise HandlerMistake(f"{self.name} {problem}")
         db_session.flush()  # now, so that an error is this message's and the next one sees what this one wrote
         if db_session.in_nested_transaction():
             raise HandlerMistake(f"{self.name} left a savepoint open; use it as `with db_session.begin_nested():`")
+
+
+def _not_run(result: object) -> str:
+    """Say what is wrong when a function, under a decorator or as an object, turned out to be async or a generator."""
+    if not (inspect.iscoroutine(result) or inspect.isgenerator(result) or inspect.isasyncgen(result)):
+        return ""
+    if inspect.iscoroutine(result):
+        result.close()  # without Python's warning
+    return f"returned a {type(result).__name__}, which nothing would run; write a plain function"
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -96,7 +110,8 @@ def of_signal(topic: str, signal: NamedSignal, sender: object) -> Handler:
         if not receivers:
             raise HandlerMistake(f"signal {signal.name!r} has no receivers any more; connect them with weak=False")
         for receiver in receivers:
-            receiver(sender, **fields)
+            if problem := _not_run(receiver(sender, **fields)):
+                raise HandlerMistake(f"{_place(receiver)} {problem}")
 
     return Handler(topic, emit, f"signal {signal.name!r}", frozenset())
 

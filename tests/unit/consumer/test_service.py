@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -237,6 +239,39 @@ def test_sys_exit_in_a_handler_fails_the_message_not_the_process(engine: Engine)
         recorder.service.deliver(message(), engine)
 
 
+def test_a_cancelled_task_in_a_handler_fails_the_message_not_the_process(engine: Engine) -> None:
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    recorder = Recorder(before=lambda _message, _session: asyncio.run(cancelled()))
+    with pytest.raises(HandlerMistake, match="was cancelled by what it called"):
+        recorder.service.deliver(message(), engine)
+
+
+def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any, **fields: Any) -> Any:
+        return function(*arguments, **fields)
+
+    return call
+
+
+class AsyncObject:
+    async def __call__(self, message: Any, db_session: Any, /, **extra: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "handler", [wrapped(asynchronous), wrapped(generator), AsyncObject()], ids=["async", "generator", "object"]
+)
+def test_a_handler_that_hides_that_it_is_async_fails_the_message_instead_of_losing_its_effect(
+    engine: Engine, handler: Callable[..., Any]
+) -> None:
+    service = Service("exports")
+    service.on(TOPIC)(handler)
+    with pytest.raises(HandlerMistake, match="which nothing would run; write a plain function"):
+        service.deliver(message(), engine)
+
+
 # --- signals -----------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +344,18 @@ def test_an_async_receiver_is_refused_before_the_service_runs() -> None:
     signal.connect(rebuild)
     with pytest.raises(ConfigurationError, match=r"rebuild.* is async"):
         service.check()
+
+
+def test_a_receiver_that_hides_that_it_is_async_fails_the_message_instead_of_losing_its_effect(engine: Engine) -> None:
+    service, signal = Service("exports"), Namespace().signal("sessions-modified")
+    service.emit(signal, topic=TOPIC)
+
+    async def rebuild(_sender: Any, **_: Any) -> None: ...
+
+    receiver = wrapped(rebuild)
+    signal.connect(receiver)
+    with pytest.raises(HandlerMistake, match=r"rebuild.* returned a coroutine"):
+        service.deliver(message(), engine)
 
 
 def test_a_signal_whose_receivers_were_collected_fails_the_message_instead_of_losing_its_effect(engine: Engine) -> None:
