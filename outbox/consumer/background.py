@@ -77,7 +77,7 @@ class Worker:
         try:
             while self._function(self._engine):
                 pass
-        except Exception as error:  # a service's own code: whatever it raises, the service goes on
+        except BaseException as error:  # a service's own code, also sys.exit(): the service goes on, and so does this thread
             self._failures += 1
             sentence = f"background work {self._name} failed and is tried again: {type(error).__name__}"
             # The text of an error may quote what the service works on: it goes to the traceback, at debug level only.

@@ -168,7 +168,7 @@ class Redriver:
             except Transient as error:
                 self._attempts.pause.database_failed(error)
                 continue
-            except Exception as error:
+            except BaseException as error:  # whatever a handler raised: without this thread nothing parked would ever move
                 say(log, logging.ERROR, "consumer.redrive_failed", f"replaying failed: {type(error).__name__}")
                 log.debug("replaying failed", exc_info=error)
                 found = False

@@ -30,14 +30,15 @@ class Place(Stage):
 
     def __init__(self, engine: Engine, **options: Any) -> None:
         super().__init__(engine, **options)
+        self.stopping = threading.Event()
         self.attempts, self.redriver = self.process()
 
     def process(self, clock: Callable[[], datetime] = now_utc) -> tuple[Attempts, Redriver]:
         """Return what another process of the service would have."""
-        stopping = threading.Event()
         deliveries = Deliveries(self.recorder.service, self.engine, worker=0, clock=clock)
-        attempts = Attempts(deliveries, QUICK, Pause("exports", QUICK, stopping, random.Random(1)), random.Random(1))
-        return attempts, Redriver(attempts, Turnstile(), stopping, batch=10)
+        pause = Pause("exports", QUICK, self.stopping, random.Random(1))
+        attempts = Attempts(deliveries, QUICK, pause, random.Random(1))
+        return attempts, Redriver(attempts, Turnstile(), self.stopping, batch=10)
 
     def arrive(self, *messages: Any) -> None:
         self.attempts.settle([arrival(each) for each in messages], lambda _settled: None)
@@ -86,6 +87,26 @@ def test_a_long_line_behind_a_repaired_message_is_replayed_in_order_in_few_trans
     assert looks == 4  # ten at a time
     assert place.numbers == list(range(1, 36))
     assert place.status.held_keys == 0
+
+
+def test_a_replay_ended_by_what_is_no_exception_does_not_end_all_replaying(engine: Engine) -> None:
+    place = Place(engine, before=failing_on(1))
+    place.arrive(*series("event:1", 2))
+    failures: list[BaseException] = [KeyboardInterrupt()]
+
+    def interrupted(_message: Any, _session: Any) -> None:
+        if failures:
+            raise failures.pop()
+
+    place.recorder.before = interrupted
+    place.requeue()
+    place.redriver.start()
+    try:
+        eventually(lambda: place.numbers == [1, 2], what="the replay to be tried again")
+    finally:
+        place.stopping.set()
+        place.redriver.join(10)
+    assert place.entries == []
 
 
 def test_a_line_stops_at_the_next_message_that_fails_and_goes_on_from_there(engine: Engine) -> None:

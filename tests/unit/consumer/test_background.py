@@ -53,7 +53,7 @@ def test_a_wake_up_brings_another_call_and_it_is_not_idle_meanwhile() -> None:
 def test_work_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "_AFTER_FAILURE", Backoff(0.001, 0.001))
     done = threading.Event()
-    failures = [OSError("disk full"), OSError("disk full")]
+    failures: list[BaseException] = [OSError("disk full"), SystemExit(1)]
 
     def work(_engine: Any) -> bool:
         if failures:
