@@ -35,6 +35,9 @@ MAX_NAME_BYTES = 255
 #: Twenty digits hold every 64-bit number, so that text order is number order.
 SEQUENCE_DIGITS = 20
 
+#: Beyond these an instant has no UTC, or none in a database's time zone: it could be neither stored nor read back.
+_EARLIEST, _LATEST = datetime(1, 1, 3, tzinfo=UTC), datetime(9999, 12, 29, tzinfo=UTC)
+
 _ATTRIBUTE = re.compile(r"[a-z0-9]{1,20}")
 #: Names that mean something to CloudEvents, to RabbitMQ or to kombu: a header of that name would be read as that.
 RESERVED_HEADERS = frozenset(
@@ -311,4 +314,4 @@ def _time(value: object) -> datetime | None:
         moment = datetime.fromisoformat(value) if isinstance(value, str) else None
     except ValueError:
         return None
-    return moment if moment is None or moment.tzinfo else None
+    return moment if moment is not None and moment.tzinfo and _EARLIEST < moment < _LATEST else None

@@ -228,6 +228,14 @@ def test_a_parked_message_keeps_the_properties_it_came_with(stage: Stage) -> Non
     assert entry.topic.startswith("a\\0b")
 
 
+@pytest.mark.parametrize("time", [b"0001-01-01T00:00:00+14:00", b"9999-12-31T23:59:59-12:00"])
+def test_a_message_with_a_time_that_no_database_holds_is_parked_and_listed(stage: Stage, time: bytes) -> None:
+    event = b'{"specversion":"1.0","id":"1","source":"/tests","type":"room.modified","time":"%s"}' % time
+    assert stage.settle(event) == [Outcome.PARKED]
+    (entry,) = operate.parked_list(stage.engine, stage.recorder.service)
+    assert (entry.id, entry.created_at) == ("1", None)
+
+
 def test_a_large_body_is_parked_whole(stage: Stage) -> None:
     body = b"\xfe" * 5_000_000
     stage.settle(body)

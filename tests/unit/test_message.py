@@ -293,7 +293,9 @@ def test_a_sequence_that_is_no_number_says_nothing_about_order(sequence: Any) ->
     assert received(_event(sequence=sequence)).sequence is None
 
 
-@pytest.mark.parametrize("text", ["yesterday", "2026-01-01T00:00:00", 7])
+@pytest.mark.parametrize(
+    "text", ["yesterday", "2026-01-01T00:00:00", 7, "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"]
+)
 def test_a_time_that_is_none_is_left_out(text: Any) -> None:
     assert received(_event(time=text)).created_at is None
 
