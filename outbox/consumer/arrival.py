@@ -6,6 +6,7 @@ headers only the broker's own are read.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -99,6 +100,11 @@ def read(
 def of_message(message: Received, body: bytes) -> Arrival:
     """Return the arrival of a message that is already decoded."""
     return Arrival(body=body, message=message)
+
+
+def again(arrival: Arrival) -> Arrival:
+    """Return *arrival* as it came: whoever had it in hand may have changed the data of its message."""
+    return dataclasses.replace(arrival, message=_decoded(arrival.body)[0])
 
 
 def _decoded(body: bytes) -> tuple[Received | None, str]:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from outbox.backoff import Backoff
+from outbox.consumer.arrival import again
 from outbox.consumer.delivery import Deliveries, Settled
 from outbox.consumer.failures import describe, first_line, is_transient, place
 from outbox.consumer.outcomes import Incomplete, Reject, Retry
@@ -135,8 +136,10 @@ class Attempts:
 
     def settle(self, batch: Sequence[Arrival], done: Callable[[list[Settled]], None]) -> None:
         """Settle *batch*, together if that works, else one by one; *done* is told after each commit. Raises Stopping."""
-        if len(batch) > 1 and self._together(batch, done):
-            return
+        if len(batch) > 1:
+            if self._together(batch, done):
+                return
+            batch = [again(arrival) for arrival in batch]
         for arrival in batch:
             done(self._alone(arrival))
 
@@ -147,6 +150,7 @@ class Attempts:
                 settled = self.deliveries.settle(batch)
             except Transient as error:
                 self.pause.database_failed(error)
+                batch = [again(arrival) for arrival in batch]
             except Exception:  # noqa: BLE001 - whatever it was, it is looked at when the culprit is alone
                 return False
             else:
@@ -156,7 +160,12 @@ class Attempts:
 
     def _alone(self, arrival: Arrival) -> list[Settled]:
         def work() -> list[Settled]:
-            return self._watched(arrival) if arrival.suspect else self.deliveries.settle([arrival])
+            nonlocal arrival
+            try:
+                return self._watched(arrival) if arrival.suspect else self.deliveries.settle([arrival])
+            except Exception:
+                arrival = again(arrival)
+                raise
 
         def give_up(aside: Aside) -> list[Settled]:
             return self.deliveries.settle([arrival], {arrival: aside})

@@ -116,6 +116,26 @@ def test_a_failure_that_passes_parks_nothing() -> None:
     assert bench.done == [(1, Outcome.APPLIED)]
 
 
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("error", [Transient("deadlock"), ValueError()])
+def test_every_attempt_finds_the_data_as_it_came(error: Exception, together: bool) -> None:
+    @dataclass
+    class Spoiler(Script):
+        found: list[Any] = field(default_factory=list)
+
+        def settle(self, batch: Sequence[Arrival], aside: Mapping[Arrival, Aside] | None = None) -> list[Settled]:
+            for each in batch:
+                assert each.message is not None
+                self.found.append(dict(each.message.data))
+                each.message.data["spoiled"] = True
+            return super().settle(batch, aside)
+
+    script = Spoiler(failures={1: [error] * 2})
+    Bench(script).settle(arrivals(1, 2) if together else arrivals(1))
+    assert script.found == [{"number": each} for batch in script.batches for each in batch]
+    assert len(script.found) >= 3
+
+
 @pytest.mark.parametrize("error", [Transient("deadlock"), Retry(), Retry(after=0.001), Retry(after=timedelta(0))])
 def test_what_is_not_the_messages_fault_costs_no_attempt(error: Exception) -> None:
     bench = Bench(Script(failures={1: [error] * 20}))
