@@ -190,7 +190,8 @@ def _act(
         found = _find(connection, service, ids)
         keys = {(row.source, row.key) for row in found if row.key is not None}
         inbox.lock_marks(connection, service.name, keys)
-        found = _find(connection, service, ids)  # again: a replay may just have ended
+        # Again, and locked: a replay may just have ended, or, of a message without a key, still be under way.
+        found = _find(connection, service, ids, lock=True)
         if refused := [text for row in found if (text := _why_not(row))]:
             raise OutboxError("\n".join([*refused, f"nothing was changed; {verb} the first of a key"]))
         for row in found:
@@ -206,8 +207,10 @@ def _why_not(row: Row[Any]) -> str | None:
     return None
 
 
-def _find(connection: Connection, service: Service, ids: Sequence[str]) -> list[Row[Any]]:
+def _find(connection: Connection, service: Service, ids: Sequence[str], *, lock: bool = False) -> list[Row[Any]]:
     query = sa.select(_parked).where(_parked.c.service == service.name, _parked.c.message_id.in_(ids)).order_by(_parked.c.id)
+    if lock:
+        query = query.with_for_update()
     rows = list(connection.execute(query))
     missing = [each for each in ids if each not in {row.message_id for row in rows}]
     if missing:

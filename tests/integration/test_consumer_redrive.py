@@ -251,6 +251,39 @@ def test_orders_for_messages_that_are_not_there_change_nothing_and_name_them(eng
     assert place.numbers == [2]
 
 
+def test_a_discard_during_the_replay_of_a_message_does_not_claim_what_was_applied(engine: Engine) -> None:
+    place = Place(engine, before=failing_on(1))
+    place.arrive(message(1))
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow(_message: Any, _session: Any) -> None:
+        begun.set()
+        goes_on.wait(10)
+
+    place.recorder.before = slow
+    (entry,) = place.entries
+    place.requeue()
+    replay = threading.Thread(target=place.replay)
+    replay.start()
+    assert begun.wait(10)
+    refusals: list[str] = []
+
+    def discard() -> None:
+        try:
+            operate.discard(engine, place.recorder.service, [entry.id], actor="me@here", reason="no")
+        except OutboxError as error:
+            refusals.append(str(error))
+
+    order = threading.Thread(target=discard)
+    order.start()
+    order.join(0.2)  # it waits for the replay
+    goes_on.set()
+    replay.join(10)
+    order.join(10)
+    assert place.numbers == [1]
+    assert "has no parked message" in refusals[0]
+
+
 def test_parked_messages_are_listed_by_state_reason_topic_and_key(engine: Engine) -> None:
     place = Place(engine, before=failing_on(1))
     place.arrive(*series("a", 3), b"garbage", message(1, key="b", sequence=1, topic="room.modified"))
