@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from icalendar import Calendar
+from icalendar import Calendar, vText
 from icalendar import Event as Component
 
 from consumers.exports.programme import Entry, entries, link, plain
@@ -23,8 +23,9 @@ def ical(conference: Conference, now: datetime) -> bytes:
     calendar = Calendar()
     calendar.add("prodid", PRODUCT)
     calendar.add("version", "2.0")
-    calendar.add("x-wr-calname", plain(conference.event["name"]))
-    calendar.add("x-wr-timezone", conference.event["timezone"])
+    # As text: what the library does not know it does not escape, and refuses where it holds a line break.
+    calendar.add("x-wr-calname", vText(plain(conference.event["name"])))
+    calendar.add("x-wr-timezone", vText(conference.event["timezone"]))
     for entry in entries(conference):
         component = Component()
         component.add("dtstamp", now)

@@ -41,8 +41,16 @@ def _zone(name: str) -> ZoneInfo:
         return ZoneInfo("UTC")
 
 
+def _there(instant: datetime, zone: ZoneInfo) -> datetime:
+    """Return the time of the venue; that of UTC on the first and last days of the calendar, which other zones lack."""
+    try:
+        return instant.astimezone(zone)
+    except OverflowError:
+        return instant
+
+
 def _day(entry: Entry, zone: ZoneInfo) -> date:
-    return entry.starts_at.astimezone(zone).date()
+    return _there(entry.starts_at, zone).date()
 
 
 def _conference(root: ElementTree.Element, conference: Conference, zone: ZoneInfo, days: int) -> None:
@@ -51,8 +59,8 @@ def _conference(root: ElementTree.Element, conference: Conference, zone: ZoneInf
     texts = {
         "title": plain(event["name"]),
         "venue": plain(event.get("location_name")),
-        "start": moment(event["starts_at"]).astimezone(zone).date().isoformat(),
-        "end": moment(event["ends_at"]).astimezone(zone).date().isoformat(),
+        "start": _there(moment(event["starts_at"]), zone).date().isoformat(),
+        "end": _there(moment(event["ends_at"]), zone).date().isoformat(),
         "days": str(days),
         "day_change": "00:00:00",
         "timeslot_duration": "00:05:00",
@@ -63,7 +71,7 @@ def _conference(root: ElementTree.Element, conference: Conference, zone: ZoneInf
 
 def _event(parent: ElementTree.Element, entry: Entry, zone: ZoneInfo) -> None:
     element = ElementTree.SubElement(parent, "event", id=str(entry.id), guid=entry.uid)
-    starts: datetime = entry.starts_at.astimezone(zone)
+    starts = _there(entry.starts_at, zone)
     texts = {
         "date": starts.isoformat(),
         "start": starts.strftime("%H:%M"),

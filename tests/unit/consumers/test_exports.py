@@ -125,6 +125,23 @@ def test_pentabarf_lists_days_and_rooms_in_the_time_of_the_venue(world: World) -
     assert root.xpath("day[1]/room/@name") == ["Room to be announced"]
 
 
+def test_a_name_on_two_lines_is_one_property_of_the_calendar(world: World) -> None:
+    world.say("event.modified", event={**EVENT, "name": "Outbox; Days,\nX-WR-RELCALID:1"}, tracks=TRACKS)
+    world.write()
+    assert b"\r\nX-WR-CALNAME:Outbox\\; Days\\,\\nX-WR-RELCALID:1\r\n" in world.file("schedule.ics")
+
+
+@pytest.mark.parametrize(("day", "zone"), [("9999-12-31", "Asia/Singapore"), ("0001-01-01", "America/New_York")])
+def test_the_ends_of_the_calendar_are_shown_in_utc_where_the_venue_has_no_such_day(world: World, day: str, zone: str) -> None:
+    starts, ends = f"{day}T00:30:00Z", f"{day}T23:30:00Z"
+    world.say("event.modified", event={**EVENT, "starts_at": starts, "ends_at": ends, "timezone": zone}, tracks=TRACKS)
+    world.say_session(1, starts_at=starts, ends_at=ends)
+    world.say_session(2, starts_at=ends, ends_at=ends)
+    world.write()
+    root = etree.fromstring(world.file("pentabarf.xml"))
+    assert len(root.xpath("//event")) == 2
+
+
 def test_open_event_json_is_what_the_messages_said(world: World) -> None:
     world.say_session(1)
     world.write()
