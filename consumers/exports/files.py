@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,8 @@ from consumers.exports.icalendar_files import ical, xcal
 from consumers.exports.pentabarf import pentabarf
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sqlalchemy.engine import Engine
 
     from consumers.exports.model import Conference
@@ -26,24 +30,46 @@ DEFAULT_FOLDER = "instance/exports"
 def write_one(engine: Engine, folder: Path, now: datetime | None = None) -> bool:
     """Bring the files of one event up to date; return False when none was behind.
 
-    Killed anywhere, the files are whole and the next call writes them again: `written` moves only after them.
+    Killed anywhere, the files are whole and the next call writes them again: `written` moves only after them. An event whose
+    files can't be written keeps no other waiting: what it raised is raised when no other is behind.
     """
-    with engine.connect() as connection:
-        behind = model.next_behind(connection)
-        if behind is None:
-            return False
-        event_id, changed = behind
-        conference = model.load(connection, event_id)
-    place = folder / f"event-{event_id}"
+    failed: dict[int, Exception] = {}
+    with _one_writer(folder):
+        while True:
+            with engine.connect() as connection:
+                behind = model.next_behind(connection, failed)
+                conference = model.load(connection, behind[0]) if behind else None
+            if behind is None:
+                break
+            try:
+                _write(folder / f"event-{behind[0]}", conference, now or datetime.now(UTC))
+            except Exception as error:  # noqa: BLE001 - the first is raised below
+                failed[behind[0]] = error
+                continue
+            with engine.begin() as connection:
+                model.written(connection, *behind)
+            return True
+    if failed:
+        raise next(iter(failed.values()))
+    return False
+
+
+@contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """Wait for other processes that write into *folder*: one that read earlier must not write later, and call it up to date."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, however the process ends
+        yield
+
+
+def _write(place: Path, conference: Conference | None, now: datetime) -> None:
     if conference is None:
         shutil.rmtree(place, ignore_errors=True)
-    else:
-        place.mkdir(parents=True, exist_ok=True)
-        for name, content in render(conference, now or datetime.now(UTC)).items():
-            replace(place / name, content)
-    with engine.begin() as connection:
-        model.written(connection, event_id, changed)
-    return True
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    for name, content in render(conference, now).items():
+        replace(place / name, content)
 
 
 def render(conference: Conference, now: datetime) -> dict[str, bytes]:

@@ -10,6 +10,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from sqlalchemy.engine import Connection
 
 Document = dict[str, Any]
@@ -78,10 +80,10 @@ def forget_event(db_session: Session, event_id: int) -> None:
     db_session.execute(sa.delete(Part).where(Part.event_id == event_id, Part.kind != "event"))
 
 
-def next_behind(connection: Connection) -> tuple[int, int] | None:
-    """Return an event whose files are behind, and the count that files written now will contain; None when none is."""
-    query = sa.select(Files.event_id, Files.changed).where(Files.written < Files.changed).order_by(Files.event_id).limit(1)
-    row = connection.execute(query).first()
+def next_behind(connection: Connection, but: Collection[int] = ()) -> tuple[int, int] | None:
+    """Return an event, none of *but*, whose files are behind, and the count that files written now will contain."""
+    query = sa.select(Files.event_id, Files.changed).where(Files.written < Files.changed, Files.event_id.not_in(but))
+    row = connection.execute(query.order_by(Files.event_id).limit(1)).first()
     return (row.event_id, row.changed) if row else None
 
 

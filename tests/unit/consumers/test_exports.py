@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from lxml import etree
 
-from consumers.exports import model, service
+from consumers.exports import files, model, service
 from consumers.exports.files import replace, write_one
 from consumers.exports.icalendar_files import XCAL
 from consumers.exports.programme import plain
@@ -186,6 +187,49 @@ def test_a_message_during_the_writing_is_written_by_the_next(world: World) -> No
     with world.engine.begin() as connection:
         model.written(connection, *behind)
     assert write_one(world.engine, world.folder, NOON)
+    assert b"Talk 1" in world.file("schedule.ics")
+
+
+def test_an_event_that_can_not_be_written_keeps_no_other_waiting(world: World) -> None:
+    world.say_session(1, starts_at="soon", ends_at="later")
+    world.say("event.modified", event_id=2, event={**EVENT, "id": 2}, tracks=[])
+    with pytest.raises(ValueError, match="soon"):
+        world.write()
+    assert (world.folder / "event-2" / "schedule.ics").exists()
+    world.say_session(1)
+    world.write()
+    assert b"Talk 1" in world.file("schedule.ics")
+
+
+def test_of_two_writers_the_one_that_read_earlier_does_not_write_last(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, goes_on, noting = threading.Event(), threading.Event(), threading.Event()
+    rendering, noted = files.render, model.written
+    slow = threading.Thread(target=world.write)
+
+    def render(*arguments: Any) -> Any:
+        if threading.current_thread() is slow and not began.is_set():
+            began.set()
+            goes_on.wait(10)
+        return rendering(*arguments)
+
+    def written(*arguments: Any) -> None:
+        if threading.current_thread() is not slow:
+            noting.set()
+            goes_on.wait(10)
+            slow.join(10)
+        noted(*arguments)
+
+    monkeypatch.setattr(files, "render", render)
+    monkeypatch.setattr(model, "written", written)
+    slow.start()
+    assert began.wait(10)
+    world.say_session(1)
+    quick = threading.Thread(target=world.write)
+    quick.start()
+    noting.wait(0.5)  # without the lock it would be there now, with its newer files written
+    goes_on.set()
+    slow.join(10)
+    quick.join(10)
     assert b"Talk 1" in world.file("schedule.ics")
 
 
