@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import smtplib
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -52,22 +53,26 @@ class MailServer:
     def send(self, letters: Iterable[EmailMessage]) -> int:
         """Hand in *letters* over one connection and return how many; none: no connection.
 
-        Raises Retry when the server can't be reached or says "later" (4xx): not the message's fault. Raises Reject when it
-        refuses for good (5xx).
+        Raises Retry when the server can't be reached, does not let us in or says "later" (4xx): not the message's fault.
+        Raises Reject when it refuses a letter for good (5xx).
         """
         waiting = list(letters)
         if not waiting:
             return 0
         refusals: list[tuple[int, bytes]] = []
         try:
-            with self._connect() as connection:
+            with closing(self._connect()) as connection:
                 for letter in waiting:
-                    try:
+                    try:  # the others must not miss their letter for this one
                         connection.send_message(letter)
-                    except smtplib.SMTPRecipientsRefused as error:  # the others must not miss their letter for this one
+                    except smtplib.SMTPRecipientsRefused as error:
                         refusals += error.recipients.values()
-        except smtplib.SMTPResponseException as error:
-            raise _refused(error.smtp_code, error.smtp_error) from error
+                    except smtplib.SMTPResponseException as error:
+                        refusals.append((error.smtp_code, _bytes(error.smtp_error)))
+                    except smtplib.SMTPNotSupportedError as error:  # an address that needs SMTPUTF8; 553 as in RFC 6531
+                        refusals.append((553, _bytes(str(error))))
+                with suppress(OSError, smtplib.SMTPException):  # what was handed in is handed in
+                    connection.quit()
         except (OSError, smtplib.SMTPException) as error:
             raise Retry(reason=f"mail server {self.host}:{self.port}: {error}") from error
         if refusals:
@@ -82,12 +87,17 @@ class MailServer:
                 if not self.tls:
                     connection.starttls()
                 connection.login(self.user, self.password or "")
+            connection.ehlo_or_helo_if_needed()
         except BaseException:
             connection.close()
             raise
         return connection
 
 
-def _refused(code: int, text: bytes | str) -> Exception:
-    words = f"the mail server answered {code} {text.decode(errors='replace') if isinstance(text, bytes) else text}"
-    return Retry(reason=words) if 400 <= code < 500 else Reject(words)
+def _bytes(text: bytes | str) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def _refused(code: int, text: bytes) -> Exception:
+    words = f"the mail server answered {code} {text.decode(errors='replace')}"
+    return Reject(words) if 500 <= code < 600 else Retry(reason=words)

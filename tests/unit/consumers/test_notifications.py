@@ -33,6 +33,14 @@ class Catcher:
     def __init__(self) -> None:
         self.letters: list[EmailMessage] = []
         self.answers: dict[str, str] = {}
+        self.hello = self.data = ""
+
+    async def handle_EHLO(self, _server: Any, session: Any, _envelope: Any, name: str, answers: list[str]) -> list[str]:  # noqa: N802
+        session.host_name = name
+        return [self.hello] if self.hello else answers
+
+    async def handle_HELO(self, _server: Any, _session: Any, _envelope: Any, _name: str) -> str:  # noqa: N802
+        return self.hello
 
     async def handle_RCPT(self, _server: Any, _session: Any, envelope: Any, address: str, _options: Any) -> str:  # noqa: N802
         if address in self.answers:
@@ -42,6 +50,8 @@ class Catcher:
 
     async def handle_DATA(self, _server: Any, _session: Any, envelope: Any) -> str:  # noqa: N802
         letter = message_from_bytes(envelope.content, policy=policy.default)
+        if self.data and self.data in str(letter["To"]):
+            return "554 no such letters here"
         self.letters.append(letter)
         return "250 OK"
 
@@ -51,7 +61,7 @@ def catcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[Catcher]:
     catcher = Catcher()
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
-    controller = Controller(catcher, hostname="127.0.0.1", port=port)
+    controller = Controller(catcher, hostname="127.0.0.1", port=port, enable_SMTPUTF8=False)
     controller.start()
     monkeypatch.setenv("NOTIFICATIONS_SMTP_URL", f"smtp://127.0.0.1:{port}")
     monkeypatch.setenv("NOTIFICATIONS_FROM", "Team <team@example.org>")
@@ -119,6 +129,29 @@ def test_a_refused_recipient_is_rejected_and_the_others_still_get_theirs(catcher
 def test_later_means_later(catcher: Catcher, engine: Engine) -> None:
     catcher.answers["ada@example.org"] = "451 mailbox busy"
     with pytest.raises(Retry, match="451"):
+        service.deliver(moved("accepted", "ada@example.org"), engine)
+
+
+def test_a_letter_that_is_refused_for_what_it_says_is_rejected_and_the_others_still_get_theirs(
+    catcher: Catcher, engine: Engine
+) -> None:
+    catcher.data = "ada@"
+    with pytest.raises(Reject, match="554 no such letters here"):
+        service.deliver(moved("accepted", "ada@example.org", "grace@example.org"), engine)
+    assert [letter["To"].addresses[0].addr_spec for letter in catcher.letters] == ["grace@example.org"]
+
+
+def test_an_address_that_the_server_can_not_take_is_rejected_and_the_others_still_get_theirs(
+    catcher: Catcher, engine: Engine
+) -> None:
+    with pytest.raises(Reject, match="internationalized email"):
+        service.deliver(moved("accepted", "ada@exämple.org", "grace@example.org"), engine)
+    assert [letter["To"].addresses[0].addr_spec for letter in catcher.letters] == ["grace@example.org"]
+
+
+def test_a_server_that_does_not_let_us_in_is_not_the_messages_fault(catcher: Catcher, engine: Engine) -> None:
+    catcher.hello = "554 not from there"
+    with pytest.raises(Retry, match="554"):
         service.deliver(moved("accepted", "ada@example.org"), engine)
 
 
