@@ -59,6 +59,8 @@ class Service:
             problems.append(f"batch={batch!r} is not a whole number from 1 to {_MAX_BATCH}")
         if order not in ("late-ok", "strict"):
             problems.append(f"order={order!r} is neither 'late-ok' nor 'strict'")
+        if tables is not None and not hasattr(tables, "sorted_tables"):
+            problems.append(f"tables={tables!r} is no MetaData; of a declarative base give Base.metadata")
         if problems:
             raise ConfigurationError("\n".join(problems))
         self.name = name

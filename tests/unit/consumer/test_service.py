@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 from blinker import Namespace
+from sqlalchemy.orm import DeclarativeBase
 
 from outbox.consumer import HandlerMistake, Outcome, Reject, Retry, Service
 from outbox.consumer.outcomes import Incomplete
@@ -96,11 +97,12 @@ def test_a_decorator_without_a_topic_is_refused() -> None:
 
 def test_all_problems_of_a_service_are_reported_together() -> None:
     with pytest.raises(ConfigurationError) as refusal:
-        Service("Exports!", batch=0, order="sometimes")  # type: ignore[arg-type]
+        Service("Exports!", batch=0, order="sometimes", tables=DeclarativeBase)  # type: ignore[arg-type]
     text = str(refusal.value)
     assert "'Exports!'" in text
     assert "batch=0" in text
     assert "order='sometimes'" in text
+    assert "no MetaData; of a declarative base give Base.metadata" in text
 
 
 def test_a_service_without_handlers_does_not_run() -> None:
