@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from outbox.backoff import Backoff
+from outbox.consumer.failures import place
 from outbox.logs import say
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Worker:
                 pass
         except BaseException as error:  # a service's own code, also sys.exit(): the service goes on, and so does this thread
             self._failures += 1
-            sentence = f"background work {self._name} failed and is tried again: {type(error).__name__}"
+            sentence = f"background work {self._name} failed and is tried again: {place(error)}"
             # The text of an error may quote what the service works on: it goes to the traceback, at debug level only.
             say(log, logging.ERROR, "consumer.background_failed", sentence, service=self._service, failures=self._failures)
             log.debug("background work failed", exc_info=error)

@@ -50,7 +50,9 @@ def test_a_wake_up_brings_another_call_and_it_is_not_idle_meanwhile() -> None:
     assert worker.stop(5.0)
 
 
-def test_work_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_fails_is_tried_again_and_said_with_its_place(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(background, "_AFTER_FAILURE", Backoff(0.001, 0.001))
     done = threading.Event()
     failures: list[BaseException] = [OSError("disk full"), SystemExit(1)]
@@ -65,6 +67,9 @@ def test_work_that_fails_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None
     worker.start()
     assert done.wait(10)
     assert worker.stop(5.0)
+    assert "OSError at " in caplog.text
+    assert "test_background.py:" in caplog.text
+    assert "disk full" not in caplog.text
 
 
 def test_a_stop_lets_it_finish_what_is_there() -> None:
