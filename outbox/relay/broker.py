@@ -72,6 +72,8 @@ class BrokerState:
     #: The broker is there and refuses us as configured (password, virtual host, exchange, permission): waiting alone won't
     #: help. The adapter keeps trying, slowly.
     refused: bool = False
+    #: It is not connected now, but let us in before: with this user, password and virtual host it can become well again.
+    let_in: bool = False
 
 
 class Broker(Protocol):

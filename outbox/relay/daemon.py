@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from outbox import database, failpoints, migrations
 from outbox.backoff import Backoff
+from outbox.errors import BrokerError
 from outbox.http import Health, Server
 from outbox.logs import say
 from outbox.relay import open_broker, telemetry
@@ -63,7 +64,8 @@ class Mode(Enum):
 def run(settings: Settings, *, once: bool = False, drain: bool = False) -> int:
     """Publish what is committed until SIGTERM or SIGINT (or as *once* and *drain* say) and return the exit code.
 
-    Raises ConfigurationError for settings that can't be used and SchemaError for tables that don't fit this code.
+    Raises ConfigurationError for settings that can't be used, SchemaError for tables that don't fit this code, and BrokerError
+    for a broker that refuses us (user, password, virtual host, certificate) and did so from the beginning.
     """
     settings.require("DATABASE_URL", "BROKER_URL")
     mode = Mode.DRAIN if drain else Mode.ONCE if once else Mode.RUN
@@ -151,6 +153,7 @@ class Relay:
             relay_id=self.id,
             clock=clock,
         )
+        self._let_in = False
         self._database = Availability(clock)
         self._announcer = telemetry.Announcer(log)
         self._stopping = False
@@ -172,7 +175,10 @@ class Relay:
     # --- from start to end ---
 
     def run(self) -> int:
-        """Work until told to stop, or until the mode is satisfied; return the exit code."""
+        """Work until told to stop, or until the mode is satisfied; return the exit code.
+
+        Raises SchemaError and BrokerError for what waiting would not mend.
+        """
         address = self._settings.http_address
         server = Server(address, live=self._live, ready=self._ready) if address else None
         if server:
@@ -185,7 +191,11 @@ class Relay:
             say(log, logging.INFO, "relay.started", f"relay {self.id} publishes to exchange {self._settings.exchange!r}")
             if self._mode is Mode.RUN:
                 listener.start()
-            code = self._work()
+            try:
+                code = self._work()
+            except BrokerError:
+                self._finish()  # another relay need not wait for our leases
+                raise
             self._finish()
             return code
         finally:
@@ -197,6 +207,7 @@ class Relay:
     def _await_schema(self) -> bool:
         """Wait for the database; False when stopped or out of patience meanwhile. Raises SchemaError."""
         while not self._stopping:
+            self._require_admission()
             now = self._clock()
             if self._database.may_try(now):
                 with self._database.attempt():
@@ -214,10 +225,18 @@ class Relay:
 
     def _work(self) -> int:
         while not self._stopping:
+            self._require_admission()
             self.turn()
             if self._mode is not Mode.RUN and (code := self._satisfied()) is not None:
                 return code
         return OK
+
+    def _require_admission(self) -> None:
+        """Raise BrokerError while the broker refuses us and never let us in; once it did, it is waited for."""
+        broker = self._broker.state()
+        self._let_in = self._let_in or broker.connected or broker.let_in
+        if broker.refused and not self._let_in:
+            raise BrokerError(broker.detail)
 
     def turn(self) -> None:
         """Collect, settle, read, send, and keep the leases: once round."""

@@ -107,7 +107,8 @@ class RabbitBroker:
                 end = Ending(f"a mistake of this program: {type(mistake).__name__}")
             with self._lock:
                 self._link = None
-                self._state = BrokerState(connected=False, detail=end.detail, refused=end.refused)
+                let_in = self._state.let_in or link.was_open
+                self._state = BrokerState(connected=False, detail=end.detail, refused=end.refused, let_in=let_in)
             self._settle(link, end)
             self._tell(end, was_ready=link.ready)
             attempt = 1 if link.proven else attempt + 1
@@ -143,7 +144,8 @@ class RabbitBroker:
         if end.expected:
             self._news.trouble("stopped", end.detail, logging.INFO)
         elif end.refused:
-            self._news.trouble("refused", f"{end.detail}; trying again until it is allowed", logging.ERROR)
+            again = "; trying again until it is allowed" if self._state.let_in else ""
+            self._news.trouble("refused", end.detail + again, logging.ERROR)
         else:
             self._news.trouble("lost" if was_ready else "unreachable", f"{end.detail}; trying again until it is back")
 

@@ -1,4 +1,4 @@
-"""Databases that go away, relays that hang, and others that take over."""
+"""Databases that go away, brokers that refuse us, relays that hang, and others that take over."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
+from pika import spec
 
 from outbox import migrations, tables
+from outbox.backoff import Backoff
+from outbox.errors import BrokerError
 from outbox.relay.broker import Outcome
 from outbox.relay.daemon import Mode, Relay, open_database
+from outbox.relay.embedded import EmbeddedBroker
+from outbox.relay.rabbitmq import RabbitBroker
 from outbox.store import drain, leases
 from outbox.tables import State
 from tests.builders import message, write
 from tests.fakes import FakeBroker
 from tests.integration.relay.running import running
 from tests.integration.relay.stage import Stage, settings
+from tests.kit.scripted_amqp import ScriptedAmqp, acknowledge
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from sqlalchemy.engine import Connection, Engine
 
@@ -179,6 +186,79 @@ def test_a_relay_survives_a_crash_of_postgresql_and_the_loss_of_its_connections(
 def rows(engine: Engine) -> list[int]:
     with engine.connect() as connection:
         return list(connection.scalars(sa.select(tables.pending.c.id)))
+
+
+# --- the broker refuses us ---
+
+_LOGIN = (spec.Connection.StartOk, 403, "ACCESS_REFUSED - Login was refused", "correct the user and password in BROKER_URL")
+_VHOST = (spec.Connection.Open, 530, "NOT_ALLOWED - vhost nowhere not found", "rabbitmqctl add_vhost")
+
+
+def rabbit(server: ScriptedAmqp) -> RabbitBroker:
+    at_once = Backoff(0.01, 0.05)
+    return RabbitBroker(server.url, exchange="openevent", reconnect=at_once, refused=at_once)
+
+
+@pytest.mark.parametrize("mode", [Mode.RUN, Mode.DRAIN])
+@pytest.mark.parametrize(("method", "code", "words", "step"), [_LOGIN, _VHOST])
+def test_a_broker_that_never_let_the_relay_in_ends_it_with_a_named_error(
+    engine: Engine, caplog: pytest.LogCaptureFixture, method: type, code: int, words: str, step: str, mode: Mode
+) -> None:
+    with engine.begin() as connection:
+        write(connection, message())
+    with ScriptedAmqp() as server:
+        server.refusals[method] = (code, words)
+        with pytest.raises(BrokerError, match=f"{code} {words}") as refusal:
+            Relay(settings(), engine, rabbit(server), mode).run()
+    assert step in str(refusal.value)
+    assert "secret" not in str(refusal.value) + caplog.text
+    assert "trying again" not in caplog.text
+    with engine.connect() as connection:
+        assert set(connection.scalars(sa.select(tables.shard.c.owner))) == {None}
+        assert connection.scalars(sa.select(tables.relay.c.id)).all() == []
+
+
+def test_a_file_that_is_no_broker_ends_the_relay_with_a_named_error(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "broker.db").write_text("the notes of somebody, who is not to lose them")
+    with pytest.raises(BrokerError, match="file is not a database; correct BROKER_URL"):
+        Relay(settings(), engine, EmbeddedBroker(f"embedded:///{tmp_path}/broker.db", exchange="openevent")).run()
+
+
+def test_a_broker_that_let_the_relay_in_before_is_waited_for_whatever_it_refuses(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ScriptedAmqp(acknowledge) as server:
+        broker = rabbit(server)
+        with running(Relay(settings(poll_seconds=0.05), engine, broker)) as codes:
+            server.session(1)
+            eventually(lambda: broker.state().connected, what="the connection")
+            server.refusals[spec.Connection.StartOk] = _LOGIN[1:3]
+            server.session(1).hang_up()
+            eventually(lambda: broker.state().refused, what="the refusal")
+            server.session(4)
+            with engine.begin() as connection:
+                write(connection, message())
+            assert codes == []
+            server.refusals.clear()
+            eventually(lambda: not rows(engine), what="the message to be sent")
+    assert codes == [0]
+    assert said(caplog, "broker.refused") == 1
+    assert "trying again until it is allowed" in caplog.text
+
+
+def test_an_exchange_that_is_not_there_yet_is_waited_for(engine: Engine) -> None:
+    with engine.begin() as connection:
+        write(connection, message())
+    with ScriptedAmqp(acknowledge) as server:
+        server.refusals[spec.Exchange.Declare] = (404, "NOT_FOUND - no exchange 'openevent' in vhost '/'")
+        broker = rabbit(server)
+        with running(Relay(settings(poll_seconds=0.05), engine, broker)) as codes:
+            eventually(lambda: broker.state().refused, what="the refusal")
+            server.session(4)
+            assert codes == []
+            server.refusals.clear()
+            eventually(lambda: not rows(engine), what="the message to be sent")
+    assert codes == [0]
 
 
 # --- another relay ---
