@@ -8,6 +8,7 @@ Afterwards API and status stay up until Ctrl-C, unless `DEMO=brief`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -290,7 +291,7 @@ def main() -> int:
     demo = Demo()
     began = time.monotonic()
     try:
-        with demo.running():
+        with alone(), demo.running():
             for title, chapter in CHAPTERS:
                 print(f"\n{title}")
                 chapter(demo)
@@ -367,6 +368,22 @@ def broker_away() -> Iterator[None]:
         connection.close()
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Keep other demos out of this checkout: they would delete `instance/` under us. The kernel frees the lock."""
+    folder = os.open(CHECKOUT, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = MARK.read_text() if MARK.exists() else ""
+            by_hand = f", or: kill {other}" if other else ""
+            raise SystemExit(f"another demo works in {INSTANCE}; end it with Ctrl-C where it runs{by_hand}") from None
+        yield
+    finally:
+        os.close(folder)
+
+
 def prepare_folder() -> None:
     """Begin with an empty `instance/`: one that an earlier demo made is deleted, with all that came into it since; no other."""
     if INSTANCE.exists() and any(INSTANCE.iterdir()):
@@ -374,7 +391,7 @@ def prepare_folder() -> None:
             raise SystemExit(f"{INSTANCE} holds data that the demo did not make; move it away and try again")
         shutil.rmtree(INSTANCE)
     (INSTANCE / "logs").mkdir(parents=True, exist_ok=True)
-    MARK.touch()
+    MARK.write_text(str(os.getpid()))
 
 
 def free_port() -> int:
