@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 from typing import TYPE_CHECKING, Any
 
 from click.testing import CliRunner, Result
@@ -27,12 +29,14 @@ class Commands:
         wanted = environment({**self.env, **(env or {})})
         unset = {name: None for name in os.environ if name not in wanted}
         root = logging.getLogger()
-        handlers, level = root.handlers[:], root.level
+        handlers, level, on_sigterm = root.handlers[:], root.level, signal.getsignal(signal.SIGTERM)
         try:
             result = CliRunner(env={**unset, **wanted}).invoke(group, arguments, input=input, prog_name="outbox")
-        finally:  # relay and services configure logging for their process
+        finally:  # relay and services configure logging and SIGTERM for their process
             root.handlers[:] = handlers
             root.setLevel(level)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

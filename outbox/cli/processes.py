@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 from typing import TYPE_CHECKING
 
 import click
@@ -65,6 +68,9 @@ def _with_url(here: Context) -> Settings:
 
 def prepare_process(arguments: dict[str, object]) -> Context:
     """Return the context of a long-running command: with log lines, and failpoints armed if the environment says so."""
+    if threading.current_thread() is threading.main_thread():
+        # Until the runtime listens itself, after a second of imports: nothing was begun, so it ends as well as later.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from outbox import failpoints, logs
 
     # Before the settings are read, because reading them may warn.

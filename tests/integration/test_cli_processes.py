@@ -45,6 +45,19 @@ def rebuild(message, db_session, /, *, id, **extra):
 """
 
 
+_STOPPED_WHILE_LOADING = """
+import os, signal, sys
+
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "outbox.settings":
+            print("asked to end", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Stop())
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with a service, and without settings of its own."""
@@ -216,6 +229,17 @@ def test_the_relay_serves_its_probes_and_stops_on_sigterm(spawn: Spawn, env: dic
     process.terminate()
     assert process.wait() == 0
     assert outbox.json("status")["relays"] == []
+
+
+@pytest.mark.parametrize("command", [("relay",), ("consumer", "run", "shop:service")])
+def test_a_process_that_is_stopped_while_it_still_loads_ends_well(
+    spawn: Spawn, env: dict[str, str], folder: Path, command: tuple[str, ...]
+) -> None:
+    # The command is loaded, what it runs is not.
+    (folder / "sitecustomize.py").write_text(_STOPPED_WHILE_LOADING)
+    process = spawn("outbox", *command, env={**env, "PYTHONPATH": str(folder)}, cwd=folder)
+    assert process.wait() == 0
+    assert process.output == "asked to end\n"
 
 
 def test_a_process_without_its_settings_says_which(folder: Path) -> None:
