@@ -49,7 +49,14 @@ class Place:
         return Path(self.url.database).absolute()
 
     def __str__(self) -> str:
-        return str(self.path) if self.path else self.url.render_as_string(hide_password=True)
+        return str(self.path) if self.path else self.shown
+
+    @property
+    def shown(self) -> str:
+        """The URL without its passwords: also drivers' parameters (`?password=…`) hold them."""
+        from outbox.settings import mask
+
+        return mask(self.url.render_as_string(hide_password=True))
 
     def require_file(self) -> None:
         """Raise ConfigurationError for a SQLite file that is not there: opening it would make an empty one."""
@@ -64,8 +71,7 @@ class Place:
         try:
             yield
         except SQLAlchemyError as error:
-            shown = self.url.render_as_string(hide_password=True)
-            raise database_failure(f"{self.setting}={shown}", error, self.check) from error
+            raise database_failure(f"{self.setting}={self.shown}", error, self.check) from error
 
 
 @dataclass(frozen=True)

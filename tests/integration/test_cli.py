@@ -312,6 +312,13 @@ def test_a_database_that_is_down_is_one_sentence_without_its_password(command: l
     assert "hunter2" not in said
 
 
+def test_a_password_among_the_parameters_of_a_url_is_not_shown() -> None:
+    url = f"postgresql+psycopg://127.0.0.1:{free_port()}/openevent?user=ada&password=hunter2"
+    said = Commands({"DATABASE_URL": url}).refused("status", code=75)
+    assert "password=***" in said
+    assert "hunter2" not in said
+
+
 @pytest.mark.postgres
 def test_a_database_that_refuses_us_is_no_matter_of_waiting(postgres_url: str) -> None:
     url = postgres_url.rpartition("/")[0] + "/nowhere"
