@@ -35,7 +35,8 @@ _READ_ONLY = "25006"
 def create_engine(url: str, **options: Any) -> Engine:
     """Return an engine for *url* that keeps parameters (hence payloads) out of errors and survives a server's restart.
 
-    Makes the folder of a SQLite file. Raises ConfigurationError where it can't, or where the driver is not installed.
+    Makes the folder of a SQLite file. Raises ConfigurationError where it can't, and for a driver that is not installed or
+    asynchronous.
     """
     options.setdefault("hide_parameters", True)
     parsed = sa.make_url(url)
@@ -44,10 +45,16 @@ def create_engine(url: str, **options: Any) -> Engine:
     elif parsed.database and not parsed.database.startswith("file:"):
         _make_folder(Path(parsed.database).parent)
     try:
-        return prepare(sa.create_engine(url, **options))
+        engine = sa.create_engine(url, **options)
     except (ModuleNotFoundError, NoSuchModuleError) as error:
         fix = _DRIVERS.get(parsed.get_backend_name(), "correct the URL")
         raise ConfigurationError(f"{parsed.drivername}://…: its driver is not installed ({error}); {fix}") from error
+    if engine.dialect.is_async:
+        fix = "use postgresql+psycopg:// or sqlite:///"
+        raise ConfigurationError(
+            f"{parsed.drivername}://…: its driver is asynchronous, which commands and processes can't use; {fix}"
+        )
+    return prepare(engine)
 
 
 def _make_folder(folder: Path) -> None:

@@ -116,3 +116,8 @@ def test_a_driver_that_is_not_installed_is_named_with_what_to_install(url: str, 
     assert str(refused.value).startswith(url.partition("://")[0] + "://…: its driver is not installed")
     assert str(refused.value).endswith(fix)
     assert "hunter2" not in str(refused.value)
+
+
+def test_an_asynchronous_driver_is_refused_with_one_that_works() -> None:
+    with pytest.raises(ConfigurationError, match=r"^sqlite\+aiosqlite://…: its driver is asynchronous, .*; use postgresql"):
+        database.create_engine("sqlite+aiosqlite:///x.db")
