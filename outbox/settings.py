@@ -144,10 +144,17 @@ def _broker_url(value: object) -> str:
 
 
 def _management_url(value: object) -> str:
-    parts = urlsplit(str(value))
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    text = str(value)
+    parts = urlsplit(text)
+    if "@" in text and "@" not in parts.netloc:
+        raise ValueError(_ENCODE)
+    try:
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # the port is no number
+        usable = False
+    if not usable:
         raise ValueError("it must be http://user:password@host:15672")
-    return str(value)
+    return text
 
 
 # --- the settings -------------------------------------------------------------------------------------------------------

@@ -127,6 +127,8 @@ def test_all_problems_are_reported_together_a_line_each() -> None:
         ("BROKER_URL", "amqp://host/vhost", "names no user and password"),
         ("BROKER_URL", "embedded://broker.db", "the embedded broker is a file"),
         ("BROKER_MANAGEMENT_URL", "host:15672", "must be http://"),
+        ("BROKER_MANAGEMENT_URL", "http://u:p@host:port", "must be http://"),
+        ("BROKER_MANAGEMENT_URL", "http://u:p/ss@host:15672", "percent-encode what is special"),
         ("OUTBOX_EXCHANGE", "a b", "exchange 'a b' holds ' '"),
         ("OUTBOX_SOURCE", "x" * 256, "has 256 bytes"),
         ("OUTBOX_BATCH_SIZE", "1e3", "whole number from 1 to 10000"),
