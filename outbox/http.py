@@ -31,7 +31,8 @@ class Server:
         try:
             self._server = _Listener((host, int(port)), _handler(live, ready))
         except OSError as error:
-            raise ConfigurationError(f"OUTBOX_HTTP_PORT={address}: {error.strerror or error}; choose a free port") from error
+            said = f"OUTBOX_HTTP_PORT={address}: {error.strerror or error}"
+            raise ConfigurationError(f"{said}; choose a free port, on an IPv4 address of this machine") from error
         self._thread = threading.Thread(target=self._server.serve_forever, name="outbox-http", daemon=True)
 
     @property

@@ -102,7 +102,7 @@ def _durability(connection: Connection) -> Iterator[Finding]:
         for setting in ("fsync", "full_page_writes", "synchronous_commit"):
             if connection.exec_driver_sql(f"SHOW {setting}").scalar() == "off":
                 detail = f"{setting}=off: a commit that was acknowledged can be gone after a crash, and its message with it"
-                yield Finding("durability", Verdict.WARN, detail, f"ALTER SYSTEM SET {setting} = on")
+                yield Finding("durability", Verdict.WARN, detail, f"ALTER SYSTEM SET {setting} = on; SELECT pg_reload_conf()")
 
 
 def _sqlite(connection: Connection) -> Iterator[Finding]:
