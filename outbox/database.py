@@ -28,15 +28,18 @@ _DRIVERS = {
 }
 #: On a connection: `_begin_immediate` has begun its transactions, this one too.
 _BEGUN = "outbox_begun"
+#: How long a statement waits for another writer of the SQLite file: where nothing is said, and with us.
+_DRIVERS_WAIT_MS, _WAIT_MS = 5_000, 30_000
 #: A failed-over primary answers reads and refuses writes: the connection must go, or the pool keeps offering it.
 _READ_ONLY = "25006"
 
 
 def create_engine(url: str, **options: Any) -> Engine:
-    """Return an engine for *url* that keeps parameters (hence payloads) out of errors and survives a server's restart.
+    """Return an engine of ours for *url*: parameters (hence payloads) are in no error, and a server's restart is survived.
 
-    Makes the folder of a SQLite file. Raises ConfigurationError where it can't, and for a driver that is not installed or
-    asynchronous.
+    On SQLite it is prepared, and what this project needs of a file is set beside that (`_configure_own`): a long wait for the
+    writer before, commits that survive a power failure, foreign keys. Makes the folder of a SQLite file. Raises
+    ConfigurationError where it can't, and for a driver that is not installed or asynchronous.
     """
     options.setdefault("hide_parameters", True)
     parsed = sa.make_url(url)
@@ -54,6 +57,8 @@ def create_engine(url: str, **options: Any) -> Engine:
         raise ConfigurationError(
             f"{parsed.drivername}://…: its driver is asynchronous, which commands and processes can't use; {fix}"
         )
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _configure_own)
     return prepare(engine)
 
 
@@ -66,7 +71,13 @@ def _make_folder(folder: Path) -> None:
 
 
 def prepare(engine: AnyEngine) -> AnyEngine:
-    """Give *engine* (also one made elsewhere) what correctness needs; doing so again changes nothing."""
+    """Give *engine* (also one made elsewhere) what correctness needs; doing so again changes nothing.
+
+    On SQLite a transaction begins at its first statement (BEGIN IMMEDIATE), so that its savepoints are inside it; for the
+    writer before it waits 30 seconds instead of the driver's five, because transactions that only read wait now, too.
+    Foreign keys, journal mode, `synchronous` and any other time to wait stay the application's choice: whatever they are, a
+    message has the fate of the rows beside it. Elsewhere connections to a demoted primary are dropped.
+    """
     if not is_prepared(synchronous(engine)):
         _prepare(synchronous(engine))
     return engine
@@ -133,21 +144,31 @@ def _configure_once(connection: DBAPIConnection, record: ConnectionPoolEntry, _p
     driver: Any = record.driver_connection
     if _PREPARED in record.info or driver.in_transaction:  # shared by threads, it may be in use: next time
         return
-    _configure_sqlite(connection)
-    record.info[_PREPARED] = True
-
-
-def _configure_sqlite(connection: DBAPIConnection) -> None:
     # The driver's legacy mode sends BEGIN only before DML, so a SAVEPOINT before it would be outside any transaction and
     # survive a rollback. With isolation_level None it sends none, and `_begin_immediate` does.
     connection.isolation_level = None
-    cursor = connection.cursor()
+    if _pragma(connection, "busy_timeout") == _DRIVERS_WAIT_MS:
+        _pragma(connection, f"busy_timeout={_WAIT_MS}")
+    record.info[_PREPARED] = True
+
+
+def _configure_own(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+    for pragma in (f"busy_timeout={_WAIT_MS}", "synchronous=FULL", "foreign_keys=ON"):
+        _pragma(connection, pragma)
     # Rollback journal: before 3.51.3 two processes that checkpoint a WAL at once can lose a commit. TRUNCATE, because DELETE
     # does not sync the folder after it removed the journal: after a power failure it may be back and undo a reported commit.
     journal = "WAL" if sqlite3.sqlite_version_info >= (3, 51, 3) else "TRUNCATE"
-    for pragma in ("busy_timeout=30000", f"journal_mode={journal}", "synchronous=FULL", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
+    # A WAL is of the file, not of the connection. Where there is one the application chose it, has it open, and would fail.
+    if _pragma(connection, "journal_mode") != "wal":
+        _pragma(connection, f"journal_mode={journal}")
+
+
+def _pragma(connection: DBAPIConnection, text: str) -> Any:
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA {text}")
+    row = cursor.fetchone()
     cursor.close()
+    return row[0] if row else None
 
 
 def _begin_immediate(connection: Connection) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
 
 from outbox import database
@@ -89,7 +90,39 @@ def test_an_engine_made_elsewhere_is_prepared_once(sqlite_url: str) -> None:
     assert database.prepare(database.prepare(engine)) is engine
     assert database.is_prepared(engine)
     with engine.connect() as connection:
-        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 30_000
+
+
+def test_an_engine_made_elsewhere_keeps_what_its_application_chose(sqlite_url: str) -> None:
+    engine = sa.create_engine(sqlite_url, connect_args={"timeout": 7})
+
+    @event.listens_for(engine, "connect")
+    def choose(connection: Any, _record: object) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
+        connection.exec_driver_sql("CREATE TABLE child (parent INTEGER REFERENCES parent)")
+    database.prepare(engine)
+    with engine.connect() as one, engine.connect() as another:  # of two, none can change the journal
+        for connection in (one, another):
+            names = ("journal_mode", "synchronous", "busy_timeout", "foreign_keys")
+            chosen = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names]
+            assert chosen == ["wal", 1, 7_000, 0]
+            connection.rollback()
+        one.exec_driver_sql("INSERT INTO child VALUES (99)")  # of no parent: the application never asked for constraints
+        one.commit()
+
+
+def test_an_engine_of_ours_leaves_a_wal_to_who_has_it_open(sqlite_url: str) -> None:
+    with sa.create_engine(sqlite_url).connect() as theirs:
+        theirs.exec_driver_sql("PRAGMA journal_mode=WAL")
+        theirs.exec_driver_sql("CREATE TABLE t (n INTEGER)")
+        with database.create_engine(sqlite_url).begin() as ours:
+            assert ours.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+            ours.exec_driver_sql("INSERT INTO t VALUES (1)")
+        assert theirs.exec_driver_sql("SELECT n FROM t").scalar() == 1
 
 
 def test_parameters_are_in_no_error(sqlite_url: str) -> None:
