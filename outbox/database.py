@@ -113,6 +113,13 @@ def autocommitting(engine: Engine) -> Engine:
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
+def autocommits(bind: Engine | Connection) -> bool:
+    """Say whether every statement on *bind* commits by itself."""
+    # Where an engine is told at its making, only this name says so; asking the connection would be a round trip.
+    at_connect = getattr(bind.dialect, "_on_connect_isolation_level", None)
+    return (bind.get_execution_options().get("isolation_level") or at_connect) == "AUTOCOMMIT"
+
+
 def begins_early(connection: Connection) -> bool:
     """Say whether an SQLite transaction gets its BEGIN before anything else: `prepare` or the application saw to it."""
     driver: Any = connection.connection.driver_connection
@@ -173,6 +180,9 @@ def _pragma(connection: DBAPIConnection, text: str) -> Any:
 
 def _begin_immediate(connection: Connection) -> None:
     driver: Any = connection.connection.driver_connection
+    # Told so by the application, which will not commit: what it writes would be lost.
+    if autocommits(connection):
+        return
     connection.info[_BEGUN] = True
     if driver.in_transaction:  # the application has a listener of its own that begins
         return

@@ -330,9 +330,7 @@ def _refuse_doomed(level: _Level) -> None:
 
 
 def _refuse_autocommit(bind: Engine | Connection) -> None:
-    # Where an engine is told at its making, only this name says so; asking the connection would be a round trip.
-    at_connect = getattr(bind.dialect, "_on_connect_isolation_level", None)
-    if (bind.get_execution_options().get("isolation_level") or at_connect) == "AUTOCOMMIT":
+    if database.autocommits(bind):
         raise CaptureError(
             "the connection is in AUTOCOMMIT: every statement commits by itself, so the message could be sent without the "
             "rows beside it; use an engine with transactions"

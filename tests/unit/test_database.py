@@ -125,6 +125,18 @@ def test_an_engine_of_ours_leaves_a_wal_to_who_has_it_open(sqlite_url: str) -> N
         assert theirs.exec_driver_sql("SELECT n FROM t").scalar() == 1
 
 
+@pytest.mark.parametrize("at_connect", [True, False], ids=["of the engine", "of one connection"])
+def test_a_sqlite_connection_in_autocommit_still_commits_by_itself(sqlite_url: str, at_connect: bool) -> None:
+    told: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+    engine = database.prepare(sa.create_engine(sqlite_url, **told if at_connect else {}))
+    with engine.connect().execution_options(**{} if at_connect else told) as connection:
+        connection.exec_driver_sql("CREATE TABLE t (n INTEGER)")
+        connection.exec_driver_sql("INSERT INTO t VALUES (1)")
+        connection.exec_driver_sql("VACUUM")  # which no transaction takes
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT n FROM t").scalar() == 1
+
+
 def test_parameters_are_in_no_error(sqlite_url: str) -> None:
     engine = database.create_engine(sqlite_url)
     with engine.begin() as connection:
