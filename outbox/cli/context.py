@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from outbox.cli.failures import database_failure
-from outbox.errors import ConfigurationError
+from outbox.errors import ConfigurationError, SchemaError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -65,11 +65,13 @@ class Place:
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Turn database errors inside into texts that name the setting and what to do."""
+        """Turn database errors inside into texts that name the database and what to do."""
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
             yield
+        except SchemaError as error:
+            raise SchemaError(f"{self}: {error}") from error
         except SQLAlchemyError as error:
             raise database_failure(f"{self.setting}={self.shown}", error, self.check) from error
 
@@ -148,8 +150,8 @@ def current(arguments: Mapping[str, object] = MappingProxyType({})) -> Context:
 
 
 def announce(context: Context, *, as_json: bool = False) -> None:
-    """Say which SQLite file a bare command works on: a relative path means another file in another folder."""
-    if context.app_engine is None and context.place.path is not None and not as_json:
+    """Say which SQLite file a command works on: a relative path is another file in another folder, or in Flask's instance."""
+    if context.place.path is not None and not as_json:
         click.secho(f"SQLite file {context.place.path}", err=True, dim=True)
 
 

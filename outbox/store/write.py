@@ -59,7 +59,7 @@ def write(connection: Connection, batch: Sequence[Held], *, notify: bool = False
     older than this code.
     """
     chunks = list(_chunks(batch))
-    with _named_errors():
+    with _named_errors(connection):
         if connection.dialect.name not in ("postgresql", "sqlite"):
             # Numbering rows and locking counters is different on each database: a guess would lose or reorder messages.
             raise CaptureError(f"messages can't be written to {connection.dialect.name} yet; use PostgreSQL or SQLite")
@@ -114,7 +114,7 @@ def _headers(message: Message) -> str | None:
 
 
 @contextmanager
-def _named_errors() -> Iterator[None]:
+def _named_errors(connection: Connection) -> Iterator[None]:
     try:
         yield
     except StatementError as error:
@@ -124,8 +124,11 @@ def _named_errors() -> Iterator[None]:
             getattr(error.orig, "sqlstate", None) in ("42P01", "42703") or "no such table" in text or "has no column" in text
         )
         if missing and "outbox_" in text:
+            # Often they are in another one: Flask-SQLAlchemy takes sqlite:///shop.db from the app's instance folder.
+            where = connection.engine.url.set(query={}).render_as_string()
             raise SchemaError(
-                "the outbox tables are missing in this database, or older than this code; run: outbox migrate"
+                f"the outbox tables are missing in {where}, or older than this code; let DATABASE_URL name this database and "
+                "run: outbox migrate"
             ) from error
         raise
 
