@@ -72,7 +72,7 @@ def shape(schema: dict[str, Any]) -> str:
         return " | ".join(schema["enum"]) + _default(schema)
     text = " or ".join(schema.get("format", word) if word == "string" else word for word in words)
     if "pattern" in schema:
-        text = schema["description"] + (" or null" if "null" in words else "")
+        text = schema["description"] + (", or null" if "null" in words else "")
     elif "maxLength" in schema:
         text += f", at most {schema['maxLength']:,} characters"
     if "minimum" in schema and schema["maximum"] < current_app.config["MAX_CONTENT_LENGTH"]:

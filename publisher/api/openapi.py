@@ -267,6 +267,7 @@ def _other_paths() -> Json:
                 "operation",
                 {200: healthy},
                 text="The broker is not asked: changes are accepted while it is down.",
+                also=(503,),
             )
         },
         "/metrics": {"get": metrics},
@@ -293,7 +294,9 @@ def _operation(
     summary: str, tag: str, answers: dict[int, Json | None], *, body: str = "", text: str = "", also: Iterable[int] = ()
 ) -> Json:
     """Return an operation that answers with *answers* (status → schema of its JSON, None: no JSON) or with a problem."""
-    refusals = {400, 503, *also} | ({413, 415, 422} if body else set())
+    refusals = {400, *also} | ({413, 415, 422} if body else set())
+    if tag != "operation":  # the others ask no database
+        refusals.add(503)
     responses = {str(status): _answer(status, schema) for status, schema in answers.items()}
     responses |= {str(status): {**_problem_response(), "description": _REASONS[status]} for status in sorted(refusals)}
     operation: Json = {"summary": summary, "tags": [tag], "responses": responses | {"default": _shared("Problem")}}
