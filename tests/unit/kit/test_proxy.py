@@ -175,9 +175,9 @@ def test_refusing_is_as_if_nothing_listened_until_it_is_restored(proxy: Proxy, c
 
 
 def test_a_dead_server_resets_the_client() -> None:
-    # Whichever reaches the client first: the reset, or the end after it.
+    # Whichever reaches the client first: the reset, which may come before connect() has returned, or the end after it.
     reset = contextlib.suppress(ConnectionResetError)
-    with Proxy(_closed_port()) as proxy, socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as client, reset:
+    with Proxy(_closed_port()) as proxy, reset, socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as client:
         assert _received(client) == b""
 
 
