@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import signal
 import socket
 import threading
 import time
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from outbox import failpoints, http
+from outbox import failpoints, http, stopping
 from outbox.backoff import Backoff
 from outbox.consumer import background, operate, topology
 from outbox.consumer.attempts import Attempts, Pause, Policy, Turnstile
@@ -36,7 +35,6 @@ from outbox.settings import mask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import FrameType
 
     from sqlalchemy.engine import Engine
 
@@ -111,7 +109,7 @@ class Runtime:
 
     def run(self) -> int:
         """See `run`."""
-        with self._signals(), self._probes():
+        with stopping.on_signals(self.stop), self._probes():
             try:
                 if self._prepare_database():
                     self._pool.start()
@@ -274,28 +272,6 @@ class Runtime:
             link.wake()
 
     # --- seen from outside --------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop in order; a second one ends the process at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        asked: list[int] = []
-
-        def ask(number: int, _frame: FrameType | None) -> None:
-            if asked:
-                os._exit(128 + number)
-            asked.append(number)
-            self.stop()
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def _probes(self) -> Iterator[None]:

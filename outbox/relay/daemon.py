@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import secrets
-import signal
 import socket
-import threading
 import time
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from outbox import database, failpoints, migrations
+from outbox import database, failpoints, migrations, stopping
 from outbox.backoff import Backoff
 from outbox.errors import BrokerError
 from outbox.http import Health, Server
@@ -29,8 +26,7 @@ from outbox.tables import SHARDS, State
 from outbox.wakeup import THROTTLE_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType
+    from collections.abc import Callable
 
     from sqlalchemy.engine import Engine
 
@@ -72,7 +68,7 @@ def run(settings: Settings, *, once: bool = False, drain: bool = False) -> int:
     engine = open_database(settings.database_url or "")
     try:
         relay = Relay(settings, engine, open_broker(settings), mode)
-        with signals(relay.stop):
+        with stopping.on_signals(relay.stop):
             return relay.run()
     finally:
         engine.dispose()
@@ -88,28 +84,6 @@ def open_database(url: str) -> Engine:
         arguments["prepare_threshold"] = None
     # No ping before each use: the relay retries everything, and a ping would double the round trips.
     return database.create_engine(url, connect_args=arguments, isolation_level="READ COMMITTED", pool_pre_ping=False)
-
-
-@contextlib.contextmanager
-def signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Let the first SIGTERM or SIGINT call *stop* and the second end the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[int] = []
-
-    def received(number: int, _frame: FrameType | None) -> None:
-        if seen:
-            os._exit(128 + number)
-        seen.append(number)
-        stop()
-
-    before = {number: signal.signal(number, received) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Relay:

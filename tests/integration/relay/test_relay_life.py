@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
-from outbox import database, migrations, tables
+from outbox import database, migrations, stopping, tables
 from outbox.errors import ConfigurationError, SchemaError
 from outbox.relay import daemon, open_broker
 from outbox.relay.broker import Outcome
@@ -245,7 +245,7 @@ def test_the_first_signal_asks_and_the_second_ends_at_once(monkeypatch: pytest.M
 
     monkeypatch.setattr("os._exit", end)
     before = signal.getsignal(signal.SIGTERM)
-    with daemon.signals(lambda: asked.append(True)):
+    with stopping.on_signals(lambda: asked.append(True)):
         signal.raise_signal(signal.SIGTERM)
         assert asked == [True]
         with pytest.raises(SystemExit, match="130"):
