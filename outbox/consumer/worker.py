@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 _RECONNECT = Backoff(0.2, 5.0)
 _DATABASE_SECONDS = 1.0
-#: Who drains waits for an end: a broker that is away for so long is said, with the exit code of "try later".
+#: Who drains waits for an end: a server that is away for so long is said, with the exit code of "try later".
 _DRAIN_PATIENCE_SECONDS = 20.0
 #: How long the loop waits for the broker before it looks around.
 _TURN_SECONDS = 0.5
@@ -59,8 +59,8 @@ def run(service: Service, settings: Settings, *, drain: bool = False) -> int:
     """Run *service* until SIGTERM or SIGINT, with *drain* until its queue is empty; return the exit code.
 
     0: ended as asked. 1: a worker crashed, or work in hand did not end within `OUTBOX_SHUTDOWN_TIMEOUT`. A second signal
-    ends the process at once. Raises ConfigurationError, SchemaError and BrokerError for what waiting would not mend, and
-    Unavailable where *drain* finds no broker for 20 seconds.
+    ends the process at once. Raises ConfigurationError, SchemaError and BrokerError for what waiting would not mend. Where
+    *drain* finds a server away for 20 seconds it raises Unavailable for the broker, the database's own error at the start.
     """
     settings.require("BROKER_URL", "CONSUMER_DATABASE_URL")
     service.check()
@@ -134,11 +134,13 @@ class Runtime:
 
     def _prepare_database(self) -> bool:
         """Wait for the database; return True when its tables are right, False when stopped meanwhile."""
+        begun_at = time.monotonic()
         while not self._stopping.is_set():
             try:
                 operate.check(self._service, self._engine, migrate_first=self._url.startswith("embedded:"))
             except SQLAlchemyError as error:
-                if is_refusal(error) or not is_transient(error):
+                impatient = self._drain and time.monotonic() - begun_at > _DRAIN_PATIENCE_SECONDS
+                if impatient or is_refusal(error) or not is_transient(error):
                     raise
                 self._pause.database_failed(error)
                 self._stopping.wait(_DATABASE_SECONDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from outbox import failpoints
 from outbox.consumer import Service, operate, worker
@@ -88,6 +89,14 @@ def test_a_drain_without_a_broker_ends_and_says_so(tmp_path: Path, monkeypatch: 
     operate.migrate(service, operate.open_engine(service, settings))
     with pytest.raises(Unavailable, match=r"no connection to amqp://.*start the broker and drain again"):
         worker.run(service, settings, drain=True)
+
+
+def test_a_drain_without_a_database_ends_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_DRAIN_PATIENCE_SECONDS", 0.0)
+    url = f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/none"
+    settings = settings_for(f"embedded:///{tmp_path}/broker.db", url)
+    with pytest.raises(OperationalError, match="connection failed"):
+        worker.run(Recorder().service, settings, drain=True)
 
 
 def test_no_payload_is_logged_whatever_fails(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
