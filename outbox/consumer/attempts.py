@@ -12,6 +12,8 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from sqlalchemy.exc import DBAPIError
+
 from outbox.backoff import Backoff
 from outbox.consumer.arrival import again
 from outbox.consumer.delivery import Deliveries, Settled
@@ -100,7 +102,7 @@ class Pause:
             # One deadlock is everyday life; the second failure in a row is news.
             if self._failures == 2 and not self._problem:
                 cause = error.__cause__ or error
-                self._problem = first_line(cause) if is_transient(cause) else place(cause)
+                self._problem = first_line(cause) if is_transient(cause) or isinstance(cause, DBAPIError) else place(cause)
                 sentence = f"service {self._service!r}: its database can't be used now; waiting for it ({self._problem})"
                 say(log, logging.WARNING, "consumer.database_lost", sentence, service=self._service)
             self._begin(self._policy.without_database.wait(self._failures, self._rng))

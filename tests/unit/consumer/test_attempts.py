@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy.exc import ProgrammingError
 
 from outbox.backoff import Backoff
 from outbox.consumer import Reject, Retry, attempts
@@ -280,6 +281,14 @@ def test_the_second_failure_in_a_row_is_said_once_and_so_is_the_recovery(caplog:
     pause.over()
     assert pause.problem == ""
     assert [record.outbox_event for record in caplog.records] == ["consumer.database_lost", "consumer.database_back"]  # type: ignore[attr-defined]
+
+
+def test_a_refusal_by_the_database_is_said_in_its_words_without_the_line_that_may_show_a_row() -> None:
+    pause = Pause("exports", POLICY, threading.Event(), random.Random(1))
+    refusal = ProgrammingError("INSERT", {}, Exception("permission denied for table consumer_parked\nDETAIL: (secret)"))
+    for _ in range(2):
+        pause.database_failed(refusal)
+    assert pause.problem == "permission denied for table consumer_parked"
 
 
 # --- alone or beside others --------------------------------------------------------------------------------------------
