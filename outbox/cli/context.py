@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Long enough for a busy server, short enough for a person: a firewall that swallows packets would otherwise cost minutes.
 _CONNECT_SECONDS = 10
+#: No statement of the relay or of a commit holds a lock for so long.
+_LOCK_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Context:
         self.place.require_file()
         with self.place.naming(), self.engine.connect() as plain:
             connection = plain.execution_options(outbox_read_only=True)
+            give_up_on_locks(connection)
             migrations.check(connection)
             yield connection
 
@@ -128,8 +131,15 @@ class Context:
 
         self.place.require_file()
         with self.place.naming(), self.engine.begin() as connection:
+            give_up_on_locks(connection)
             migrations.check(connection)
             yield connection
+
+
+def give_up_on_locks(connection: Connection) -> None:
+    """Let the transaction that begins here fail where a VACUUM FULL or a migration has locked the tables, instead of hang."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
 
 
 def current(arguments: Mapping[str, object] = MappingProxyType({})) -> Context:

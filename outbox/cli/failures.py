@@ -20,6 +20,12 @@ TRY_LATER = 75
 _REFUSALS = ("password authentication failed", "does not exist", "no pg_hba.conf entry", "access denied", "unable to open")
 
 
+#: Who keeps others waiting in PostgreSQL.
+_BLOCKERS = (
+    "SELECT pid, state, query FROM pg_stat_activity WHERE pid IN (SELECT unnest(pg_blocking_pids(pid)) FROM pg_stat_activity)"
+)
+
+
 class Failure(click.ClickException):
     """Printed as `Error: …`, further lines below each other; the command ends with 1."""
 
@@ -66,6 +72,8 @@ def database_failure(where: str, error: SQLAlchemyError, check: str = "outbox do
         return ConfigurationError(f"{where}: {text}; correct it, then: {check}")
     if "file is not a database" in said:
         return ConfigurationError(f"{where}: {text}; name another file, or move this one away and make the tables anew")
+    if "lock timeout" in said:
+        return Unavailable(f"{where}: {text}; another session has locked the tables: {_BLOCKERS}")
     if "locked" in said:
         return Unavailable(f"{where}: {text}; another process is writing for a long time, try again")
     if isinstance(error, (OperationalError, InterfaceError)):

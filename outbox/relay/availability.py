@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Longer than any call of a relay takes on a database that is well.
+_SLOW_SECONDS = 10.0
+
 
 class Availability:
     """Says once that the database is away, and once that it is back; paces new attempts meanwhile."""
@@ -28,8 +31,18 @@ class Availability:
         self._retry_at = 0.0
         #: What the driver said; empty while the database answers.
         self.problem = ""
-        #: A call is under way, which may take as long as the database takes.
-        self.in_use = False
+        self._used_since: float | None = None
+
+    @property
+    def in_use(self) -> bool:
+        """A call is under way, which may take as long as the database takes."""
+        return self._used_since is not None
+
+    def complaint(self) -> str:
+        """Return why the database is of no use now, empty while it is; from any thread, also while a call hangs in a lock."""
+        since = self._used_since
+        waited = 0.0 if since is None else self._clock() - since
+        return self.problem or (f"no answer for {waited:.0f} s" if waited > _SLOW_SECONDS else "")
 
     def may_try(self, now: float) -> bool:
         """Say whether the database answered, or it is time to see whether it does."""
@@ -38,7 +51,7 @@ class Availability:
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
         """Run a block that uses the database; its failures end the block and are kept here."""
-        self.in_use = True
+        self._used_since = self._clock()
         try:
             yield
         except Exception as error:
@@ -48,7 +61,7 @@ class Availability:
         else:
             self._worked()
         finally:
-            self.in_use = False
+            self._used_since = None
 
     def within(self, use: Callable[[], None]) -> bool:
         """Call *use*; False when the database failed, or failed a moment ago."""

@@ -382,6 +382,7 @@ class Relay:
     def _ready(self) -> Health:
         broker = self._broker.state()
         role = "working" if self.shards.owned else "standby" if self.shards.holder else "starting"
-        ok = broker.connected and not self._database.problem and role != "starting"
-        detail = {"role": role, "database": self._database.problem or "ok", "broker": broker.detail or "ok"}
+        complaint = self._database.complaint()
+        ok = broker.connected and not complaint and role != "starting"
+        detail = {"role": role, "database": complaint or "ok", "broker": broker.detail or "ok"}
         return Health(ok, detail)

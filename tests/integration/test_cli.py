@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from outbox import database, migrations, tables
+from outbox.cli import context
 from outbox.message import new_id
 from outbox.store import operate
 from outbox.tables import State
@@ -327,6 +328,26 @@ def test_a_database_that_refuses_us_is_no_matter_of_waiting(postgres_url: str) -
     url = postgres_url.rpartition("/")[0] + "/nowhere"
     said = Commands({"DATABASE_URL": url}).refused("status")
     assert 'database "nowhere" does not exist; correct it, then: outbox doctor' in said
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(("command", "code"), [("status", 75), ("list", 75), ("doctor", 1)])
+def test_tables_that_somebody_has_locked_are_said_with_how_to_find_him(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, command: str, code: int
+) -> None:
+    outbox = Commands({"DATABASE_URL": postgres_url, "BROKER_URL": f"amqp://ada:hunter2@127.0.0.1:{free_port()}/"})
+    outbox.fine("migrate")
+    monkeypatch.setattr(context, "_LOCK_SECONDS", 1)
+    engine = database.create_engine(postgres_url)
+    with engine.begin() as vacuum:
+        vacuum.exec_driver_sql("LOCK TABLE outbox_message, outbox_pending IN ACCESS EXCLUSIVE MODE")
+        result = outbox(command)
+    assert result.exit_code == code
+    said = "canceling statement due to lock timeout; another session has locked the tables: SELECT pid, state, query"
+    assert said in result.output
+    with engine.connect() as connection:
+        connection.exec_driver_sql(result.output.partition("tables: ")[2].splitlines()[0])
+    engine.dispose()
 
 
 @pytest.mark.parametrize("command", ["status", "list", "doctor", "config", "tail"])
