@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +15,8 @@ from outbox.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,11 @@ class Server:
 
 class _Listener(ThreadingHTTPServer):
     daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
+        """A client that hung up is nothing to talk about; the standard library would print its traceback."""
+        if not isinstance(sys.exception(), OSError):
+            log.exception("a probe could not be answered")
 
 
 def _handler(live: Callable[[], Health], ready: Callable[[], Health]) -> type[BaseHTTPRequestHandler]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
+import struct
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,7 @@ import pytest
 from outbox import metrics
 from outbox.errors import ConfigurationError
 from outbox.http import Health, Server
+from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -83,3 +87,25 @@ def test_a_server_that_was_never_started_stops_and_frees_its_port() -> None:
     server.stop()
     again = Server(f"127.0.0.1:{port}", live=_fine, ready=_fine)
     again.stop()
+
+
+def test_a_client_that_hangs_up_is_nothing_to_talk_about(capfd: pytest.CaptureFixture[str]) -> None:
+    gone = threading.Event()
+
+    def live() -> Health:
+        gone.wait(10)
+        return _fine()
+
+    with _serving(live) as port:
+        client = socket.create_connection(("127.0.0.1", port))
+        client.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        eventually(_answering, what="the request to be taken")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST
+        client.close()
+        gone.set()
+        eventually(lambda: not _answering(), what="the answer to fail")
+    assert capfd.readouterr() == ("", "")
+
+
+def _answering() -> bool:
+    return any("process_request" in thread.name for thread in threading.enumerate())
