@@ -28,10 +28,13 @@ class Ending:
 
 
 def closed_by_broker(url: AmqpUrl, code: int, words: str, *, was_open: bool) -> Ending:
-    """Return what `connection.close` means. While connecting it is a verdict on user or virtual host."""
+    """Return what `connection.close` means. While connecting it is a verdict on user or virtual host, or all are taken."""
     if code == 403 and not was_open:
         step = f"correct the user and password in BROKER_URL, or on the broker: rabbitmqctl change_password {url.user} …"
         return Ending(f"{url} refused the login: {code} {words}; {step}", refused=True)
+    if code == 530 and "connection limit" in words:
+        step = f"close some, or allow more: rabbitmqctl set_vhost_limits -p {url.vhost} … or set_user_limits {url.user} …"
+        return Ending(f"{url} takes no more connections: {code} {words}; {step}")
     if code == 530 and not was_open:
         step = f"correct BROKER_URL, or: rabbitmqctl add_vhost {url.vhost}; {_permit(url)}"
         return Ending(f"{url} refused the virtual host: {code} {words}; {step}", refused=True)

@@ -21,6 +21,20 @@ def test_a_code_that_refuses_a_login_means_something_else_on_a_connection_that_w
     assert later.detail == "amqp://user:***@broker.test:5672/events closed the connection: 403 ACCESS_REFUSED"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "NOT_ALLOWED - access to vhost 'events' refused for user 'user': connection limit (5) is reached",
+        "NOT_ALLOWED - connection refused for user 'user': user connection limit (5) is reached",
+    ],
+)
+def test_a_broker_without_a_connection_left_does_not_refuse_us_for_good(words: str) -> None:
+    ending = endings.closed_by_broker(URL, 530, words, was_open=False)
+    assert not ending.refused
+    assert f"takes no more connections: 530 {words}; close some, or allow more: rabbitmqctl set_vhost_limits" in ending.detail
+    assert endings.closed_by_broker(URL, 530, "NOT_ALLOWED - vhost events not found", was_open=False).refused
+
+
 def test_a_broker_that_shuts_down_does_not_refuse_us() -> None:
     ending = endings.closed_by_broker(URL, 320, "CONNECTION_FORCED - broker forced connection closure", was_open=True)
     assert not ending.refused
