@@ -72,7 +72,8 @@ def init_app(app: Flask) -> None:
 
 def answer(status: int, members: Mapping[str, Any], headers: Mapping[str, str] = MappingProxyType({})) -> Response:
     """Return *members* as a problem."""
-    body = json.dumps({"status": status, **members}, ensure_ascii=False)
+    # A pointer names what was sent, which may hold a lone surrogate: UTF-8 has none, and JSON writes it as this escape.
+    body = json.dumps({"status": status, **members}, ensure_ascii=False).encode(errors="backslashreplace")
     return Response(body, status, headers=dict(headers), content_type=CONTENT_TYPE)
 
 

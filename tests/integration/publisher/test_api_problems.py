@@ -47,6 +47,13 @@ def test_fields_that_can_not_be_accepted_are_named_by_pointer(sqlite_api: Api) -
     assert {error["pointer"] for error in problem["errors"]} == {"/name", "/starts_at", "/ends_at", "/colour"}
 
 
+def test_a_name_that_utf_8_can_not_express_is_named_as_json_writes_it(sqlite_api: Api) -> None:
+    problem = sqlite_api.refused("POST", "/v1/events", data=b'{"\\ud800\xc3\xa9": 1}', headers=JSON)
+
+    assert problem["status"] == 422
+    assert {"pointer": "/\ud800é", "detail": "is unknown here"} in problem["errors"]
+
+
 @pytest.mark.parametrize(
     ("headers", "data"),
     [
