@@ -143,7 +143,7 @@ class _Reader:
         if isinstance(loaded, list) and len(loaded) == 1:
             loaded = loaded[0]
         if loaded is None:
-            raise ExportError(f"{self.folder / 'event.json'} is missing: this folder is no Open Event export")
+            raise ExportError(f"{self.folder / 'event.json'} is missing or empty: this folder is no Open Event export")
         if not isinstance(loaded, dict):
             raise ExportError(f"{self.folder / 'event.json'} must hold one JSON object")
         return _snake(loaded)

@@ -85,7 +85,7 @@ def test_an_empty_file_is_said_and_means_nothing_of_its_kind(tmp_path: Path) -> 
     ("files", "said"),
     [
         ({"event": "{"}, "event.json is no JSON: Expecting property name"),
-        ({"event": ""}, "event.json is missing"),
+        ({"event": ""}, "event.json is missing or empty"),
         ({"event": []}, "event.json must hold one JSON object"),
         ({"event": {"name": "x"}}, "event.json has neither identifier nor id"),
         ({"event": EVENT | {"name": "  "}}, "event.json has no name"),
