@@ -88,6 +88,8 @@ class Capture:
         outbox: object,
         hold: Callable[[Capture, object, dict[str, object]], UUID | None],
     ) -> None:
+        if not isinstance(signal, Signal):
+            raise ConfigurationError(f"{signal!r} is no Blinker signal; give one, such as Namespace().signal('sold')")
         self.signal_name = signal.name if isinstance(signal, NamedSignal) else repr(signal)
         try:
             check_name("topic", topic, forbidden="*#", blanks=False)

@@ -73,7 +73,7 @@ class Outbox:
     Other arguments are settings, by their lower-case names without prefix: `Outbox(max_body="64KiB")`.
 
     A SQLite engine that can be found here or in `init_app` is given to `outbox.database.prepare`.
-    Raises ConfigurationError for a setting that is none or can't be.
+    Raises ConfigurationError for an argument that is no setting or can't be one.
     """
 
     def __init__(
@@ -85,8 +85,9 @@ class Outbox:
         **options: object,
     ) -> None:
         self._arguments = {_setting_name(name): value for name, value in options.items()}
+        settings.check(self._arguments)
         self._session = None if session is None else sessions.source(session)
-        self._engine: Engine | None = database.synchronous(engine)
+        self._engine = _engine(engine)
         self._in_app = False
         self._captures: list[tuple[Signal, Capture]] = []
         self._recorders: list[list[Message]] = []
@@ -108,7 +109,7 @@ class Outbox:
         loaded = settings.load(self._arguments, config=app.config, environ=os.environ)
         if loaded.source is None:
             loaded = settings.override(loaded, {"OUTBOX_SOURCE": f"/{app.name}"})
-        given: Engine | None = database.synchronous(engine) or self._engine
+        given = _engine(engine) or self._engine
         known = given or sessions.engine_of(source)
         app.extensions["outbox"] = State(self, loaded, source, _FlaskEngine(app, source, loaded, known), given)
         self._in_app = True
@@ -253,6 +254,13 @@ class Outbox:
                 "inside `with app.app_context():`"
             )
         return State(self, loaded, self._session or _no_session, lambda: _known(self._engine), self._engine)
+
+
+def _engine(given: object) -> Engine | None:
+    found = database.synchronous(given)
+    if found is not None and not isinstance(found, Engine):  # its value is not shown: a URL holds a password
+        raise ConfigurationError(f"engine= got {type(given).__name__}, no engine; give what create_engine returned")
+    return found
 
 
 def _prepare(engine: Engine | None) -> None:

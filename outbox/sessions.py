@@ -32,6 +32,11 @@ def source(given: Source) -> Source:
             "session= got an async_sessionmaker, which makes a new session each time; give an async_scoped_session, or a "
             "function that returns the session in use"
         )
+    if isinstance(given, type):
+        raise ConfigurationError(
+            f"session= got the class {given.__name__}, which makes a new session each time; give a scoped_session, a "
+            "sessionmaker, or a function that returns the session in use"
+        )
     if not isinstance(given, (Session, _asyncio("AsyncSession"))) and not callable(given):
         raise ConfigurationError(f"session={given!r} is no session and nothing that returns one when called")
     return given

@@ -305,20 +305,33 @@ def override(settings: Settings, arguments: Mapping[str, object]) -> Settings:
     Raises ConfigurationError with every problem in it, a line each.
     """
     problems: list[str] = []
-    _refuse_unknown(arguments, "argument", problems)
-    values: dict[str, Any] = {}
-    for name, raw in arguments.items():
-        if name in _FIELDS:
-            try:
-                values[_FIELDS[name].name] = _FIELDS[name].metadata["parse"](raw)
-            except ValueError as error:
-                problems.append(f"{name}={mask(str(raw))} (argument): {error}")
+    values = _parsed(arguments, problems)
     origins = MappingProxyType({**settings.origins, **dict.fromkeys(arguments, "argument")})
     changed = dataclasses.replace(settings, **values, origins=origins)
     problems = problems or _contradictions(changed)
     if problems:
         raise ConfigurationError("\n".join(problems))
     return changed
+
+
+def check(arguments: Mapping[str, object]) -> None:
+    """Raise ConfigurationError for *arguments* that are no settings or can't have these values, whatever else is set."""
+    problems: list[str] = []
+    _parsed(arguments, problems)
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+
+
+def _parsed(arguments: Mapping[str, object], problems: list[str]) -> dict[str, Any]:
+    _refuse_unknown(arguments, "argument", problems)
+    values: dict[str, Any] = {}
+    for name, raw in arguments.items():
+        if name in _FIELDS and raw is not None:
+            try:
+                values[_FIELDS[name].name] = _FIELDS[name].metadata["parse"](raw)
+            except ValueError as error:
+                problems.append(f"{name}={mask(str(raw))} (argument): {error}")
+    return values
 
 
 def _project_table(folder: Path | None, problems: list[str]) -> dict[str, Any]:

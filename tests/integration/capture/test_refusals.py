@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session
 
-from outbox import CaptureError, InvalidMessage, Outbox, OutboxError, database
+from outbox import CaptureError, ConfigurationError, InvalidMessage, Outbox, OutboxError, database
 from outbox.database import create_engine
 from tests.integration.capture.conftest import Talk, World
 
@@ -115,7 +115,7 @@ def test_a_sqlite_engine_without_begin_is_refused_in_a_savepoint(world: World, t
     assert not database.is_prepared(raw)
 
 
-@pytest.mark.parametrize("source", [async_sessionmaker(), 42])
+@pytest.mark.parametrize("source", [async_sessionmaker(), 42, Session])
 def test_what_gives_no_session_is_refused(source: Any) -> None:
     with pytest.raises(OutboxError, match="session="):
         Outbox(session=source, source="/x")
@@ -128,3 +128,25 @@ def test_without_any_session_the_next_step_is_named() -> None:
     outbox.capture(signal, topic="a.b")
     with pytest.raises(CaptureError, match=r"no session can be found for it; send inside `with app\.app_context\(\):`"):
         signal.send(None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"sorce": "/x"}, r"OUTBOX_SORCE \(argument\) is no setting; did you mean OUTBOX_SOURCE\?"),
+        ({"max_body": "lots", "window": 0}, r"OUTBOX_MAX_BODY=lots \(argument\): .*\nOUTBOX_WINDOW=0 \(argument\)"),
+        ({"engine": "sqlite:///shop.db"}, "engine= got str, no engine; give what create_engine returned"),
+    ],
+)
+def test_what_an_outbox_can_not_be_made_with_is_refused_where_it_is_made(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        Outbox(**arguments)
+
+
+def test_what_an_outbox_is_made_with_may_only_fit_what_is_set_elsewhere() -> None:
+    Outbox(lease="5s", source=None)  # shorter than the default of OUTBOX_CONFIRM_TIMEOUT, which the environment may say
+
+
+def test_what_is_no_signal_can_not_be_captured() -> None:
+    with pytest.raises(ConfigurationError, match=r"'sold' is no Blinker signal; give one, such as Namespace\(\)\.signal"):
+        Outbox(source="/x").capture("sold", topic="item.sold")  # type: ignore[arg-type]
