@@ -240,6 +240,8 @@ class Relay:
         return self.shards.valid() and not (self._mode is Mode.ONCE and self._passes)
 
     def _use_database(self, now: float) -> None:
+        if self._database.problem:
+            self._beat_at = now  # only a write says that it is back: one that is full or was demoted answers reads
         self._keep_shards()
         settle_at = self.pump.settle_due_at
         if settle_at is not None and settle_at <= now:

@@ -140,6 +140,24 @@ def test_without_a_database_nothing_is_sent_beyond_the_lease(engine: Engine, mon
     assert stage.sequences("a") == [1, 2, 3]
 
 
+def test_a_database_that_is_full_is_not_said_to_answer_because_it_can_be_read(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    stage = Stage(engine)
+    stage.turn()
+    with monkeypatch.context() as full:
+
+        def fail(*_: object, **__: object) -> None:
+            raise down()
+
+        full.setattr(leases, "beat", fail)
+        stage.turn(150)  # 3 seconds: the lease is not renewed yet
+        assert (said(caplog, "database.lost"), said(caplog, "database.answers")) == (1, 0)
+    stage.turn(100)
+    assert (said(caplog, "database.lost"), said(caplog, "database.answers")) == (1, 1)
+
+
 @pytest.mark.faults
 def test_a_relay_survives_a_crash_of_postgresql_and_the_loss_of_its_connections(
     private_postgres: Callable[[], PostgresServer], caplog: pytest.LogCaptureFixture
