@@ -39,6 +39,8 @@ def seconds(value: str) -> float:
 @click.pass_context
 def status(ctx: click.Context, as_json: bool, watch: bool, interval: float, fail_lag: float | None) -> None:
     """Show what waits, for how long, what is stuck and what to do."""
+    if watch and fail_lag is not None:
+        raise click.UsageError("--fail-lag asks once; it goes without --watch")
     here = context.current()
     if watch:
         _watch(here, as_json, interval)

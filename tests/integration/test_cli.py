@@ -145,6 +145,7 @@ def test_fail_lag_ends_with_3_when_the_oldest_message_is_older(outbox: Commands,
     assert result.exit_code == 3
     assert json.loads(result.stdout)["pending"] == 1
     assert "a duration is a number and a unit" in outbox.refused("status", "--fail-lag", "60", code=2)
+    assert "it goes without --watch" in outbox.refused("status", "--watch", "--fail-lag", "60s", code=2)
 
 
 # --- list and show ------------------------------------------------------------------------------------------------------
