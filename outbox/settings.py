@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 OTHER_NAMES = frozenset({"OUTBOX_FAILPOINTS"})
 _PREFIXES = ("OUTBOX_", "CONSUMER_")
 _ENCODE = "percent-encode what is special in user and password: @ as %40, / as %2F, : as %3A, # as %23, ? as %3F"
+#: Ten years: clocks and calendars can count with it.
+_LONGEST_SECONDS = duration.parse("3650d")
 _UNITS = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2}
 
 
@@ -45,6 +47,8 @@ def _duration(at_least: str = "1ms") -> Callable[[object], float]:
         seconds = value.total_seconds() if isinstance(value, timedelta) else duration.parse(str(value))
         if seconds < minimum:
             raise ValueError(f"it must be at least {at_least}")
+        if seconds > _LONGEST_SECONDS:
+            raise ValueError(f"it must be at most {duration.format(_LONGEST_SECONDS)}")
         return seconds
 
     return parse
@@ -74,7 +78,7 @@ def _port(value: object) -> str | None:
     if text.lower() in ("off", "", "none"):
         return None
     host, _, port = text.rpartition(":")
-    if not port.isdigit() or not 0 <= int(port) <= 65535:
+    if not (port.isascii() and port.isdigit()) or not 0 <= int(port) <= 65535:
         raise ValueError("it must be off, a port such as 9101 (loopback only), or host:port such as 0.0.0.0:9101")
     return f"{host or '127.0.0.1'}:{int(port)}"
 

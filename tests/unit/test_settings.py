@@ -136,9 +136,11 @@ def test_all_problems_are_reported_together_a_line_each() -> None:
         ("OUTBOX_KEY_WINDOW", "2", "whole number from 1 to 1"),
         ("OUTBOX_POLL_INTERVAL", "1ms", "at least 10ms"),
         ("OUTBOX_RETENTION", "30m", "at least 1h"),
+        ("OUTBOX_LEASE", "99999999999999d", "at most 3650d"),
         ("OUTBOX_MAX_BODY", "1GiB", "a size from 1B to 15MiB"),
         ("OUTBOX_MAX_BODY", "16MiB", "a size from 1B to 15MiB"),
         ("OUTBOX_HTTP_PORT", "99999", "must be off, a port"),
+        ("OUTBOX_HTTP_PORT", "²", "must be off, a port"),
         ("OUTBOX_HTTP_PORT", "localhost", "must be off, a port"),
     ],
 )
