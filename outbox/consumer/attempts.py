@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 #: A `Retry(after)` up to this keeps the message in hand; a longer one sets it aside.
 LONGEST_WAIT_SECONDS = 60.0
+#: Now and then a handler has to wait; so often in a row, and an operator wants to know why nothing moves.
+_NOTEWORTHY = 5
 
 
 class GivenUp(Exception):
@@ -111,6 +113,12 @@ class Pause:
         """A handler raised Retry: everybody waits *seconds*, or longer each time."""
         with self._lock:
             self._asked += 1
+            if self._asked == _NOTEWORTHY:
+                sentence = (
+                    f"service {self._service!r}: handlers raised Retry {_NOTEWORTHY} times in a row; nothing is applied until "
+                    "what they wait for is back"
+                )
+                say(log, logging.WARNING, "consumer.waiting", sentence, service=self._service)
             self._begin(self._policy.when_asked.wait(self._asked, self._rng) if seconds is None else seconds)
 
     def _begin(self, seconds: float) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,6 +26,8 @@ class Transient(Exception):
 
 #: On the connection of a transaction that only the runtime may commit.
 _SHARED = "outbox_shared"
+#: A statement that ends the transaction; `ROLLBACK TO` a savepoint does not.
+_ENDS = re.compile(r"\s*(COMMIT|END|ABORT|ROLLBACK(?!\s+(WORK\s+|TRANSACTION\s+)?TO\b))\b", re.IGNORECASE)
 
 
 def _refused(call: str) -> HandlerMistake:
@@ -35,17 +38,24 @@ def _refused(call: str) -> HandlerMistake:
 
 
 def protect(engine: Engine) -> None:
-    """Refuse commits of handlers past their session, on `db_session.connection()`; doing so again changes nothing.
+    """Refuse handlers that end the transaction past their session, on its connection or by SQL; again changes nothing.
 
-    The inbox rows of the whole batch would be committed without the effects: the messages behind lost, as duplicates.
+    A commit would keep the inbox rows of the whole batch without the effects, and the messages behind would be lost as
+    duplicates; a rollback would lose the messages before. What goes through the driver's own connection is not seen.
     """
     if not event.contains(engine, "commit", _refuse_commit):
         event.listen(engine, "commit", _refuse_commit)
+        event.listen(engine, "before_cursor_execute", _refuse_end)
 
 
 def _refuse_commit(connection: Connection) -> None:
     if connection.get_execution_options().get(_SHARED):
         raise _refused("commit() on the connection or the transaction of db_session")
+
+
+def _refuse_end(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
+    if _ENDS.match(statement) and connection.get_execution_options().get(_SHARED):
+        raise _refused(statement.split(maxsplit=1)[0].rstrip(";").upper())
 
 
 class HandlerSession(Session):

@@ -145,6 +145,16 @@ def test_what_is_not_the_messages_fault_costs_no_attempt(error: Exception) -> No
     assert len(bench.script.batches) == 21
 
 
+def test_a_handler_that_asks_to_wait_again_and_again_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", attempts.__name__)
+    bench = Bench(Script(failures={1: [Retry(reason="secret")] * 4, 2: [Retry(reason="secret")] * 12}))
+    bench.settle(arrivals(1))
+    assert caplog.messages == []
+    bench.settle(arrivals(2))
+    assert [record.outbox_event for record in caplog.records] == ["consumer.waiting"]  # type: ignore[attr-defined]
+    assert "secret" not in caplog.text
+
+
 def test_a_database_that_is_away_is_waited_for_with_the_whole_batch() -> None:
     bench = Bench(Script(failures={1: [Transient("gone"), Transient("gone")]}))
     bench.settle(arrivals(1, 2))
