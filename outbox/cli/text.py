@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 import unicodedata
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from outbox.errors import OutboxError
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
 COLOURS = {
     "published": "green",
@@ -30,12 +34,25 @@ COLOURS = {
 
 def say(text: str = "", *, error: bool = False, newline: bool = True) -> None:
     """Print *text*; colours only on a terminal, and never with NO_COLOR."""
-    click.echo(text, err=error, nl=newline, color=False if os.environ.get("NO_COLOR") else None)
+    with _written():
+        click.echo(text, err=error, nl=newline, color=False if os.environ.get("NO_COLOR") else None)
 
 
 def say_json(value: Any, *, line: bool = False) -> None:
     """Print *value* as JSON, indented, or on one *line*."""
-    click.echo(json.dumps(value, ensure_ascii=False, indent=None if line else 2, default=_plain))
+    with _written():
+        click.echo(json.dumps(value, ensure_ascii=False, indent=None if line else 2, default=_plain))
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read it has enough: click ends the command
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or Python tries once more at its end, and says so
+        raise OutboxError(f"what it printed could not be written: {error.strerror}") from error
 
 
 def _plain(value: Any) -> str:

@@ -21,7 +21,7 @@ from outbox.consumer import rabbit
 from outbox.consumer import topology as topologies
 from outbox.consumer.acks import Acks, Receipt
 from outbox.consumer.amqp_errors import AccessRefused, NotAllowed
-from outbox.errors import BrokerError
+from outbox.errors import BrokerError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +53,8 @@ class Link:
     def __init__(self, url: str, *, name: str = "outbox") -> None:
         """Connect; the broker lists it as *name*.
 
-        Raises ConfigurationError and BrokerError for what waiting won't mend, otherwise whatever kombu raises.
+        Raises ConfigurationError and BrokerError for what waiting won't mend, Unavailable where the broker has no room, otherwise
+        whatever kombu raises.
         """
         self._transport = _transport(url, name)
         self._polled = self._transport.driver_type != "amqp"
@@ -62,6 +63,10 @@ class Link:
             self._raw = self._transport.establish_connection()
         except (AccessRefused, NotAllowed) as error:
             said = getattr(error, "reply_text", None) or error
+            if "connection limit" in str(
+                said
+            ):  # the same code as for an unknown virtual host, but closing one elsewhere mends it
+                raise Unavailable(f"{shown(url)} takes no more connections: {said}") from error
             raise BrokerError(f"{shown(url)}: the broker refuses us: {said}; check user, password and virtual host") from error
         except ssl.SSLCertVerificationError as error:
             words = f"its certificate is not accepted: {error.verify_message}; check host name and cacertfile of BROKER_URL"

@@ -304,6 +304,8 @@ class Relay:
         failpoints.reached("R7")
         self._state = "draining"
         self._beat_at = 0.0  # say so now
+        flying = self.pump.lanes.flying
+        say(log, logging.INFO, "relay.stopping", f"waiting for {flying} answers" if flying else "settling what was answered")
         deadline = self._clock() + self._settings.shutdown_timeout_seconds
         while self.pump.lanes.flying and self._clock() < deadline:
             self.pump.collect(min(_TURN_SECONDS, deadline - self._clock()))

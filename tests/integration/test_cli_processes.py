@@ -182,6 +182,18 @@ def test_a_pipe_that_closes_early_is_no_failure_to_talk_about(env: dict[str, str
     assert "Broken" not in said
 
 
+def test_an_output_that_can_not_be_written_is_said(env: dict[str, str], engine: Engine, folder: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():  # only Linux has a disk that is always full
+        return
+    for command in (["config"], ["status", "--json"]):
+        program = [str(Path(sys.executable).parent / "outbox"), *command]
+        with full.open("w") as output:
+            done = subprocess.run(program, env=environment(env), cwd=folder, stdout=output, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "Error: what it printed could not be written: No space left on device\n"
+
+
 # --- relay and services -------------------------------------------------------------------------------------------------
 
 

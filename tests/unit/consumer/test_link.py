@@ -13,7 +13,7 @@ from pika import spec
 
 from outbox.consumer import topology
 from outbox.consumer.link import Link, shown
-from outbox.errors import BrokerError
+from outbox.errors import BrokerError, Unavailable
 from tests.consuming import Desk, Recorder, message
 from tests.kit.scripted_amqp import ScriptedAmqp
 from tests.kit.waiting import eventually
@@ -50,6 +50,16 @@ def test_a_broker_that_refuses_user_or_virtual_host_is_named_without_the_passwor
         with pytest.raises(BrokerError, match="the broker refuses us") as refusal:
             Link(server.url)
     assert "secret" not in str(refusal.value)
+
+
+def test_a_broker_without_room_for_a_connection_is_one_to_wait_for() -> None:
+    with ScriptedAmqp() as server:
+        server.refusals[spec.Connection.Open] = (
+            530,
+            "NOT_ALLOWED - access to vhost '/' refused: connection limit (1) is reached",
+        )
+        with pytest.raises(Unavailable, match="takes no more connections"):
+            Link(server.url)
 
 
 def test_urls_are_shown_without_their_password() -> None:
