@@ -106,7 +106,7 @@ class Outbox:
         if "outbox" in app.extensions:
             raise ConfigurationError(f"app {app.name!r} has an outbox already; call init_app once for each app")
         source = self._session or _FlaskSession(app) if session is None else sessions.source(session)
-        loaded = settings.load(self._arguments, config=app.config, environ=os.environ)
+        loaded = settings.load(self._arguments, config=app.config, environ=os.environ, for_app=True)
         if loaded.source is None:
             loaded = settings.override(loaded, {"OUTBOX_SOURCE": f"/{app.name}"})
         given = _engine(engine) or self._engine
@@ -244,7 +244,7 @@ class Outbox:
         return self._standalone
 
     def _without_flask(self, app: Flask | None) -> State:
-        loaded = settings.load(self._arguments, environ=os.environ)
+        loaded = settings.load(self._arguments, environ=os.environ, for_app=True)
         if loaded.source is None:
             if app is not None:
                 has = "another" if "outbox" in app.extensions else "no"

@@ -223,6 +223,8 @@ class Settings:
     )
     #: Name of each setting → where its value came from.
     origins: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
+    #: Name of each URL that an application found in its environment and that is none of ours → why. `require` says it.
+    foreign: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
 
     def __repr__(self) -> str:
         return f"Settings({', '.join(f'{row.name}={row.shown}' for row in self.rows())})"
@@ -244,7 +246,8 @@ class Settings:
         """Raise ConfigurationError unless each of *names* (`DATABASE_URL`, …) has a value."""
         missing = [name for name in names if getattr(self, _FIELDS[name].name) is None]
         if missing:
-            said = (f"{name} is not set ({_FIELDS[name].metadata['text']}); set it in the environment" for name in missing)
+            unset = "{name} is not set ({text}); set it in the environment"
+            said = (self.foreign.get(name) or unset.format(name=name, text=_FIELDS[name].metadata["text"]) for name in missing)
             raise ConfigurationError("\n".join(said))
 
 
@@ -268,10 +271,14 @@ def load(
     config: Mapping[str, Any] = MappingProxyType({}),
     environ: Mapping[str, str] = MappingProxyType({}),
     folder: Path | None = None,
+    *,
+    for_app: bool = False,
 ) -> Settings:
     """Return the settings from *arguments*, a Flask *config*, an *environ* and the pyproject.toml of *folder*.
 
     Raises ConfigurationError with every problem in it, a line each. Names of *arguments* are those of the settings.
+    An application (*for_app*) may use `DATABASE_URL` and `BROKER_URL` for something else: such a value in its environment is
+    a problem only for who requires it.
     """
     problems: list[str] = []
     project = _project_table(folder, problems)
@@ -283,6 +290,7 @@ def load(
         _refuse_misspelled(environ, {*arguments, *environ}, problems)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    foreign: dict[str, str] = {}
     # An empty variable is how compose files and shells write "not set".
     filled = {name: value for name, value in environ.items() if value.strip()}
     sources = (("argument", arguments), ("app.config", config), ("environment", filled), ("pyproject.toml", project))
@@ -294,9 +302,13 @@ def load(
             values[item.name] = item.metadata["parse"](raw)
             origins[name] = origin
         except ValueError as error:
-            problems.append(f"{name}={mask(str(raw))} ({origin}): {error}")
+            problem = f"{name}={mask(str(raw))} ({origin}): {error}"
+            if for_app and origin == "environment" and name.endswith("_URL"):
+                foreign[name] = problem
+            else:
+                problems.append(problem)
     if not problems:
-        settings = Settings(**values, origins=MappingProxyType(origins))
+        settings = Settings(**values, origins=MappingProxyType(origins), foreign=MappingProxyType(foreign))
         problems += _contradictions(settings)
         if not problems:
             return settings

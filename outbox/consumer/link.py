@@ -53,8 +53,8 @@ class Link:
     def __init__(self, url: str, *, name: str = "outbox") -> None:
         """Connect; the broker lists it as *name*.
 
-        Raises ConfigurationError and BrokerError for what waiting won't mend, Unavailable where the broker has no room, otherwise
-        whatever kombu raises.
+        Raises ConfigurationError and BrokerError for what waiting won't mend, Unavailable where the broker has no room,
+        otherwise whatever kombu raises.
         """
         self._transport = _transport(url, name)
         self._polled = self._transport.driver_type != "amqp"

@@ -39,7 +39,7 @@ def test_without_anything_the_documented_defaults_hold() -> None:
 
 def test_an_argument_wins_over_the_app_the_environment_the_project_and_the_default(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text('[tool.outbox]\noutbox_exchange = "project"\n')
-    sources = {
+    sources: dict[str, Any] = {
         "arguments": {"OUTBOX_EXCHANGE": "argument"},
         "config": {"OUTBOX_EXCHANGE": "app"},
         "environ": {"OUTBOX_EXCHANGE": "environment"},
@@ -208,6 +208,19 @@ def test_a_command_refuses_a_misspelled_database_when_none_is_named(tmp_path: Pa
 
 def test_an_app_may_have_names_of_its_own_for_its_database() -> None:
     assert load(environ={"DATABASE_URI": "sqlite:///x.db"}).database_url is None
+
+
+def test_an_app_may_use_our_names_for_something_else_until_somebody_requires_them() -> None:
+    environ = {"DATABASE_URL": "postgres://ada:secret@host/app", "BROKER_URL": "redis://host", "OUTBOX_LEASE": "15s"}
+    settings = load(environ=environ, for_app=True)
+    assert (settings.database_url, settings.broker_url) == (None, None)
+    with pytest.raises(ConfigurationError) as refusal:
+        settings.require("DATABASE_URL", "BROKER_URL")
+    first, second = str(refusal.value).splitlines()
+    assert first.startswith("DATABASE_URL=postgres://ada:***@host/app (environment): ")
+    assert second.startswith("BROKER_URL=redis://host (environment): it must be amqp://")
+    with pytest.raises(ConfigurationError, match=r"app\.config"):
+        load(config={"DATABASE_URL": "postgres://host/app"}, for_app=True)
 
 
 def test_what_is_required_and_missing_is_named_with_its_meaning() -> None:
