@@ -105,6 +105,8 @@ def hold(session: Session, engine: Engine | None, sent: Sent) -> None:
             level.written.append(sent)
         else:
             level.held.append(sent)
+            for used in work.connections:
+                _watch_commits(used)
         if sent.context is not None:
             sent.context.watch(work)
 
@@ -169,8 +171,27 @@ def _after_begin(session: Session, _transaction: SessionTransaction, connection:
     if connection not in work.connections:
         work.connections.append(connection)
         connection.info[_SESSION] = ref(session)
+        if any(level.held for level in work.levels.values()):
+            _watch_commits(connection)
     if savepoint := connection.get_nested_transaction():
         work.savepoints.add(savepoint)
+
+
+def _watch_commits(connection: Connection) -> None:
+    if not event.contains(connection.engine, "commit", _refuse_commit_beneath):
+        event.listen(connection.engine, "commit", _refuse_commit_beneath)
+
+
+def _refuse_commit_beneath(connection: Connection) -> None:
+    """`session.connection().commit()` passes the session: it would commit its rows without its messages."""
+    session = session_of(connection)
+    work = None if session is None else _known_work(session)
+    held = [] if work is None else [sent for level in work.levels.values() for sent in level.held]
+    if held:
+        raise CaptureError(
+            f"commit() on the connection beneath the session would commit its rows without what {held[0].by} sent; call "
+            "session.commit()"
+        )
 
 
 @event.listens_for(Session, "before_commit")

@@ -74,6 +74,26 @@ def test_reserved_and_impossible_headers_are_refused(world: World, header: dict[
         world.outbox.send("a.b", 1, headers=header)
 
 
+@pytest.mark.parametrize("part", ["connection", "transaction"])
+def test_a_commit_beneath_the_session_does_not_leave_its_messages_behind(world: World, part: str) -> None:
+    session = world.begin()
+    session.add(Talk(title="one"))
+    session.flush()
+    world.send()
+    connection: Any = session.connection()
+    beneath = connection if part == "connection" else connection.get_transaction()
+    with pytest.raises(CaptureError, match=r"signal 'talks_modified' sent; call session.commit\(\)"):
+        beneath.commit()
+    session.rollback()
+    assert world.rows() == []
+    session.begin()
+    assert session.scalars(sa.select(Talk.title)).all() == []
+    world.send()
+    session.add(Talk(title="two"))
+    session.commit()
+    assert len(world.rows()) == 1
+
+
 def test_autocommit_is_refused(world: World) -> None:
     engine = world.engine.execution_options(isolation_level="AUTOCOMMIT")
     with Session(engine) as session:
