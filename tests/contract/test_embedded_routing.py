@@ -12,7 +12,9 @@ from kombu.connection import Connection
 from outbox.embedded.routing import matches
 
 PATTERNS = [".".join(words) for length in (1, 2, 3) for words in product(["a", "b", "*", "#"], repeat=length)]
-PATTERNS += ["", "a..b", "*.*.*.*", "#.a.#.b.#", "a#", "*a"]
+PATTERNS += ["", "a..b", "*.*.*.*", "#.a.#.b", "a#", "*a"]
+# RabbitMQ 4.3 refuses a binding with more of them.
+PATTERNS = [pattern for pattern in PATTERNS if pattern.split(".").count("#") <= 2]
 TOPICS = [".".join(words) for length in (1, 2, 3, 4) for words in product("ab", repeat=length)]
 TOPICS += ["", "a..b", ".", "a.", ".b", "a.c.b", "aa", "A"]
 

@@ -166,7 +166,8 @@ def test_an_exchange_deleted_while_publishing_loses_nothing_and_is_named(broker_
         assert "outbox topology apply" in broker.state().detail
         set_up(channel)
         sender.finish()
-    assert sender.outcomes == {Outcome.CONFIRMED, Outcome.LOST}
+    # Since 4.3 the bindings may be gone a moment before the exchange is: what is published then comes back as unroutable.
+    assert sender.outcomes - {Outcome.RETURNED} == {Outcome.CONFIRMED, Outcome.LOST}
     assert set(ids_of(messages)) <= set(everything_in_the_queue(broker_url, 3000))
 
 
@@ -306,8 +307,9 @@ def test_a_message_without_key_or_headers_and_one_with_all_of_them_reach_another
         answered(broker, 2)
         first = channel.basic_get(_QUEUE, auto_ack=True)[1]
         second = channel.basic_get(_QUEUE, auto_ack=True)[1]
-    # The queue itself adds x-delivery-count.
-    own = [{name: value for name, value in each.headers.items() if not name.startswith("x-")} for each in (first, second)]
+    # RabbitMQ 3.10 adds x-delivery-count to a first delivery; since 4.0 a message without headers comes without a table.
+    headers = [each.headers or {} for each in (first, second)]
+    own = [{name: value for name, value in each.items() if not name.startswith("x-")} for each in headers]
     assert own == [{}, {"partitionkey": "event:1", "traceparent": "00-1-2-01", "correlationid": "c-1"}]
     assert (first.message_id, first.correlation_id, first.delivery_mode) == (str(plain.id), None, 2)
     assert (second.correlation_id, second.type, second.app_id) == ("c-1", "session.modified", "outbox")
