@@ -90,7 +90,8 @@ def of_function(topic: str, function: Function) -> Handler:
     parameters = list(inspect.signature(function).parameters.values())
     fields = [p for p in parameters[2:] if p.kind in (*_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)]
     required = frozenset(p.name for p in fields if p.default is inspect.Parameter.empty)
-    right = ", ".join(["message, db_session, /, *", *(p.name for p in fields), "**extra"])
+    by_keyword = ["*", *(p.name for p in fields)] if fields else []  # Python refuses a bare `*` before `**extra`
+    right = ", ".join(["message, db_session, /", *by_keyword, "**extra"])
     fix = f"write: def {name.rpartition('.')[2]}({right})"
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         raise ConfigurationError(f"{where} has no **extra: a field added to {topic!r} later would stop it; {fix}")

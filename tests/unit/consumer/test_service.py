@@ -62,6 +62,16 @@ def test_a_handler_that_can_not_work_is_refused_with_its_name_and_place(function
     assert "test_service.py:" in str(refusal.value)
 
 
+def test_the_line_to_write_is_python_for_a_handler_without_fields_too() -> None:
+    def no_slash(message: Any, db_session: Any, **extra: Any) -> None: ...
+
+    with pytest.raises(ConfigurationError) as refusal:
+        Service("exports").on(TOPIC)(no_slash)
+    line = str(refusal.value).rpartition("write: ")[2]
+    assert line == "def no_slash(message, db_session, /, **extra)"
+    compile(f"{line}: ...", "the advice", "exec")
+
+
 def test_the_refusal_holds_the_line_to_write() -> None:
     with pytest.raises(ConfigurationError, match=r"write: def no_extra\(message, db_session, /, \*, event_id, \*\*extra\)"):
         Service("exports").on(TOPIC)(no_extra)
