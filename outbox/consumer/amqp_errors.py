@@ -5,10 +5,10 @@ from __future__ import annotations
 from outbox.errors import ConfigurationError
 
 try:
-    from amqp.exceptions import AccessRefused, AMQPError, NotAllowed, NotFound, PreconditionFailed
+    from amqp.exceptions import AccessRefused, AMQPError, ConsumerCancelled, NotAllowed, NotFound, PreconditionFailed
 except ImportError as error:
     raise ConfigurationError(
         "running services needs kombu, for the embedded broker too; install it: pip install 'outbox[rabbitmq]'"
     ) from error
 
-__all__ = ["AMQPError", "AccessRefused", "NotAllowed", "NotFound", "PreconditionFailed"]
+__all__ = ["AMQPError", "AccessRefused", "ConsumerCancelled", "NotAllowed", "NotFound", "PreconditionFailed"]

@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from outbox import failpoints, http, stopping
 from outbox.backoff import Backoff
 from outbox.consumer import background, operate, topology
+from outbox.consumer.amqp_errors import ConsumerCancelled
 from outbox.consumer.attempts import Attempts, Pause, Policy, Turnstile
 from outbox.consumer.delivery import Deliveries
 from outbox.consumer.failures import is_refusal, is_transient
@@ -305,4 +306,7 @@ class Runtime:
 
 def _words(error: BaseException) -> str:
     """Return what a client library said, without the password it may have put there."""
+    if isinstance(error, ConsumerCancelled):  # says the consumer's tag, which is the queue's name, and nothing else
+        why = "it was deleted, or a message stayed unacknowledged beyond the broker's consumer_timeout"
+        return f"the broker delivers no more from queue {error.reply_text!r}: {why}"
     return mask(str(getattr(error, "reply_text", None) or error) or type(error).__name__)

@@ -513,7 +513,7 @@ def test_a_queue_with_other_arguments_is_refused_with_the_next_step(rabbit: Plac
         worker.run(recorder.service, rabbit.settings())
 
 
-def test_a_queue_deleted_under_a_running_service_is_declared_again(rabbit: Place) -> None:
+def test_a_queue_deleted_under_a_running_service_is_declared_again(rabbit: Place, caplog: pytest.LogCaptureFixture) -> None:
     recorder = Recorder()
     with running(recorder.service, rabbit.settings()) as service:
         with rabbit.desk.channel() as channel:
@@ -526,6 +526,7 @@ def test_a_queue_deleted_under_a_running_service_is_declared_again(rabbit: Place
                 return False
 
         eventually(declared_again, 20, "the queue to be there again")
+        assert f"the broker delivers no more from queue '{QUEUE}': it was deleted, or" in caplog.text
         eventually(lambda: service.runtime.ready().ok)
         rabbit.desk.publish(message(1))
         applied(service, 1)
