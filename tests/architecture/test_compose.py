@@ -18,7 +18,7 @@ from tests.kit.processes import ROOT, run
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 #: Those that run the project's own image.
-OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+OURS = {name: service for name, service in SERVICES.items() if service["image"] == "openevent"}
 #: Neither is connected to: the application starts before its servers are up.
 UNUSED = {"DATABASE_URL": "postgresql+psycopg://unused/unused", "BROKER_URL": "amqp://unused:unused@unused"}
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -53,6 +53,12 @@ def _accepted_by_gunicorn(words: list[str]) -> None:
     done = run("gunicorn", "--check-config", *words, env=UNUSED)
     assert done.returncode == 0, done.stderr
     assert words[:2] == ["--bind", "0.0.0.0:8000"]
+
+
+def test_the_image_is_built_by_one_service_and_looked_for_nowhere_else() -> None:
+    policies = {name: service["pull_policy"] for name, service in OURS.items()}
+    assert [name for name, service in OURS.items() if "build" in service] == ["publisher"]
+    assert policies == {name: "build" if name == "publisher" else "never" for name in OURS}
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from tests.kit.servers import ExternalRabbit, PostgresServer, RabbitServer
 
 _COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-_OURS: dict[str, dict[str, Any]] = {name: service for name, service in _COMPOSE["services"].items() if "build" in service}
+_OURS: dict[str, dict[str, Any]] = {
+    name: service for name, service in _COMPOSE["services"].items() if service["image"] == "openevent"
+}
 
 
 class _Mail(Catcher):
