@@ -122,7 +122,7 @@ def _decoded(body: bytes) -> tuple[Received | None, str]:
 
 
 def _returns(headers: Mapping[str, Any], *, redelivered: bool) -> int:
-    """RabbitMQ 4.3 counts in `x-delivery-count` only what a client rejected; `x-acquired-count` is what it was before."""
+    """RabbitMQ 4.3 leaves a requeueing `basic.nack` out of `x-delivery-count`; `x-acquired-count` is what it was before."""
     counts = [headers.get(name) for name in ("x-delivery-count", "x-acquired-count")]
     known = [count for count in counts if isinstance(count, int) and not isinstance(count, bool) and count >= 0]
     if not known and redelivered and UNREADABLE_PROPERTIES in headers:

@@ -98,7 +98,7 @@ def test_no_attribute_raises(value: Any, name: str) -> None:
     [
         ({}, 0),
         ({"x-delivery-count": 2}, 2),
-        ({"x-delivery-count": 1, "x-acquired-count": 4}, 4),  # RabbitMQ 4.3: only the second counts lost connections
+        ({"x-delivery-count": 1, "x-acquired-count": 4}, 4),  # RabbitMQ 4.3: only the second counts every return
         ({"x-acquired-count": 3}, 3),
         ({"x-delivery-count": "3"}, 0),
         ({"x-delivery-count": True}, 0),
