@@ -192,8 +192,8 @@ class Link:
     def drop(self) -> None:
         """End the connection without cancel or close; never raises.
 
-        A quorum queue that is told (`basic.cancel`, `channel.close`, `connection.close`) lets the next consumer start with
-        the messages after those we hold. One that sees the connection go returns ours first.
+        A quorum queue that is told by `basic.cancel`, which is part of many a polite close, lets the next consumer start
+        with the messages after those we hold. One that sees the connection go returns ours first.
         """
         self._selector.close()
         with contextlib.suppress(Exception):

@@ -81,7 +81,7 @@ def test_a_successor_on_another_database_gets_exactly_what_was_not_acknowledged_
 
 
 def test_a_dropped_connection_gives_its_successor_what_was_prefetched_first(broker_url: str) -> None:
-    """With `basic.cancel`, `channel.close` or `connection.close` the successor would begin with the eleventh."""
+    """After a `basic.cancel` the successor would begin with the eleventh."""
     from outbox.consumer import topology
     from outbox.consumer.link import Link
 
