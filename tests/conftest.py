@@ -59,6 +59,15 @@ def pytest_report_header() -> str:
     return f"seed: {SEED} (`make chaos SEED={SEED}` makes the same choices again)"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_in_the_checkout() -> Iterator[None]:
+    """`make demo` refuses to delete an `instance/` that it did not make: no test may make one."""
+    instance = ROOT / "instance"
+    was_there = instance.exists()
+    yield
+    assert was_there or not instance.exists(), f"a test wrote into {instance}; give its processes folders of their own"
+
+
 @pytest.fixture
 def chance(request: pytest.FixtureRequest) -> random.Random:
     """The dice of this test: the same in every run with the same seed, whatever other tests run."""

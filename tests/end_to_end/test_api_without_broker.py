@@ -16,6 +16,7 @@ from tests.kit.world import World, end, rabbit_world
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.conftest import Spawn
     from tests.kit.processes import Process
@@ -34,11 +35,14 @@ CONFERENCE = {
 
 @pytest.mark.timeout(180)
 def test_two_hundred_writes_do_not_notice_that_the_broker_is_away(
-    spawn: Spawn, postgres_server: PostgresServer | ExternalPostgres, private_rabbit: Callable[[], RabbitServer]
+    spawn: Spawn,
+    tmp_path: Path,
+    postgres_server: PostgresServer | ExternalPostgres,
+    private_rabbit: Callable[[], RabbitServer],
 ) -> None:
     rabbit = private_rabbit()
     with postgres_server.database() as url, postgres_server.database() as service_url:
-        world = rabbit_world(spawn, url, rabbit.url, service_url)
+        world = rabbit_world(spawn, url, rabbit.url, service_url, EXPORTS_FOLDER=str(tmp_path / "exports"))
         api, processes = _running(world)
         event = api.send("POST", "/v1/events", CONFERENCE)["id"]
         session = api.send("POST", f"/v1/events/{event}/sessions", {"title": "Signals"})["id"]
