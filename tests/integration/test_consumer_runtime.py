@@ -643,3 +643,13 @@ def test_a_broker_that_is_not_there_is_unavailable_to_the_commands(sqlite_url: s
     with pytest.raises(Unavailable, match="start the broker or correct BROKER_URL") as refusal:
         queues.apply(Recorder().service, settings)
     assert "guest:guest" not in str(refusal.value)
+
+
+@pytest.mark.postgres
+def test_the_workers_are_how_many_messages_are_in_hand_at_once(tmp_path: Path, postgres_url: str) -> None:
+    together = threading.Barrier(7)  # by default there are four, and no seven would meet
+    recorder = Recorder(before=lambda *_: together.wait(20))
+    broker = f"embedded:///{tmp_path}/broker.db"
+    with running(recorder.service, settings_for(broker, postgres_url, CONSUMER_WORKERS="7", CONSUMER_BATCH="1")) as service:
+        Desk(broker).publish(*(message(number) for number in range(7)))
+        applied(service, 7)

@@ -46,6 +46,13 @@ def test_what_cannot_be_a_message_is_refused_and_dooms_the_transaction(world: Wo
     assert session.scalar(sa.select(sa.func.count()).select_from(Talk)) == 0
 
 
+def test_bytes_over_the_limit_are_refused(world: World) -> None:
+    world.begin()
+    world.outbox.send("a.b", b"y" * 262_144, content_type="application/octet-stream")
+    with pytest.raises(InvalidMessage, match="must be bytes, at most OUTBOX_MAX_BODY=262144 of them"):
+        world.outbox.send("a.b", b"y" * 262_145, content_type="application/octet-stream")
+
+
 def test_a_cycle_is_refused(world: World) -> None:
     world.begin()
     cycle: list[Any] = []
