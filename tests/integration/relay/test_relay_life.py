@@ -8,6 +8,7 @@ import signal
 import time
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -339,3 +340,27 @@ def test_a_heartbeat_tells_how_the_relay_finds_its_broker_about_every_second(eng
     other = Stage(engine)
     other.turn()
     assert {row.state for row in relay_rows(engine)} == {"running", "idle"}
+
+
+# --- settings ---
+
+
+def test_the_poll_interval_is_how_often_an_idle_relay_looks(engine: Engine) -> None:
+    stage = Stage(engine, poll_seconds=10.0)
+    stage.turn(3)
+    stage.write(message())
+    stage.turn(seconds=6.0)
+    stage.turn()
+    assert stage.delivered() == []
+    stage.clock.now += 6.0
+    stage.turn(3)
+    assert len(stage.delivered()) == 1
+
+
+def test_the_backoff_is_how_long_a_refused_message_waits(engine: Engine) -> None:
+    stage = Stage(engine, lambda _: Outcome.NACKED, backoff_base_seconds=3600.0, backoff_max_seconds=3600.0)
+    stage.write(*(message(f"topic.{number}") for number in range(5)))
+    stage.until(lambda: set(stage.states()) == {"retrying"})
+    latest = max(row.available_at for row in stage.rows())
+    # Drawn between 0 and an hour each: all five below what the defaults allow is a matter of millions of runs.
+    assert latest > datetime.now(UTC) + timedelta(minutes=5)
