@@ -386,6 +386,16 @@ def test_flask_outbox_works_on_the_apps_engine_and_topics(folder: Path, monkeypa
     assert origins["BROKER_URL"] == "app.config"
 
 
+def test_log_lines_are_for_people_or_for_machines(env: dict[str, str], folder: Path) -> None:
+    assert run("outbox", "migrate", env=env, cwd=folder).returncode == 0
+    people = run("outbox", "relay", "--drain", env=env, cwd=folder).stderr
+    assert " INFO    relay.started: relay " in people
+    machines = run("outbox", "relay", "--drain", env={**env, "OUTBOX_LOG_FORMAT": "json"}, cwd=folder).stderr
+    events = [json.loads(line)["event"] for line in machines.splitlines() if line.startswith("{")]
+    assert {"relay.started", "relay.stopped"} <= set(events)
+    assert " INFO " not in machines
+
+
 def test_the_flask_command_knows_the_group(folder: Path) -> None:
     (folder / "shopapp.py").write_text(_APP.format(folder=folder))
     done = run("python", "-m", "flask", "--app", "shopapp:create_app", "outbox", "show", "nonsense", env={}, cwd=folder)

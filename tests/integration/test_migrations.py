@@ -143,6 +143,21 @@ def test_a_message_finds_a_place_whatever_its_row_number(postgres_url: str) -> N
     assert partition == "outbox_message_default"
 
 
+def test_topics_and_keys_compare_byte_by_byte_whatever_the_locale(postgres_url: str) -> None:
+    """An index in a locale's order is broken by an upgrade of the operating system."""
+    engine = database.create_engine(postgres_url)
+    migrations.upgrade(engine)
+    query = (
+        "SELECT table_name || '.' || column_name, collation_name FROM information_schema.columns "
+        "WHERE table_name IN ('outbox_message', 'outbox_pending', 'outbox_key') AND column_name IN ('topic', 'key')"
+    )
+    with engine.connect() as connection:
+        found = {row[0]: row[1] for row in connection.exec_driver_sql(query)}
+    engine.dispose()
+    names = ("outbox_message.topic", "outbox_message.key", "outbox_pending.topic", "outbox_pending.key", "outbox_key.key")
+    assert found == dict.fromkeys(names, "C")
+
+
 # --- versions that do not fit -------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,19 @@ def test_a_commit_wakes_whoever_listens_and_a_rollback_does_not(world: World, co
     assert heard == ["", "the end"]
 
 
+def test_a_message_written_at_once_wakes_at_the_commit_too(world: World) -> None:
+    if world.engine.dialect.name == "sqlite":
+        return
+    url = world.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(url, autocommit=True) as listener:
+        listener.execute(f"LISTEN {CHANNEL}")
+        with world.engine.begin() as connection:
+            world.outbox.send("a.b", 1, session=connection)
+        listener.execute("NOTIFY outbox, 'the end'")
+        heard = [note.payload for note in listener.notifies(timeout=10, stop_after=2)]
+    assert heard == ["", "the end"]
+
+
 def test_a_burst_of_commits_notifies_seldom(world: World) -> None:
     if world.engine.dialect.name == "sqlite":
         return
