@@ -1,5 +1,8 @@
 """A transactional outbox: a Blinker signal sent is a message delivered, if and only if the transaction commits.
 
+`Outbox` is the one to begin with; a service begins with `outbox.consumer.Service`. Beside it here: `Message` (what
+`Outbox.record()` gives a test), `include_object` and `outbox.migrations` (for your own Alembic), and the errors.
+
 The public names are loaded when asked for: importing `outbox` in a web process loads no broker client, and importing
 `outbox.consumer` loads no Flask.
 """

@@ -193,9 +193,7 @@ class Settings:
     source: str | None = _setting("OUTBOX_SOURCE", None, _name("source"), "stamped at capture; /<app name> where not set")
     batch_size: int = _setting("OUTBOX_BATCH_SIZE", 500, _count(1, 10_000), "rows the relay reads at once")
     window: int = _setting("OUTBOX_WINDOW", 2000, _count(1, 100_000), "unconfirmed messages at once")
-    key_window: int = _setting(
-        "OUTBOX_KEY_WINDOW", 1, _count(1, 1), "unconfirmed messages per key; more than one could reorder"
-    )
+    key_window: int = _setting("OUTBOX_KEY_WINDOW", 1, _count(1, 1), "unconfirmed messages per key; only 1, more could reorder")
     poll_seconds: float = _setting("OUTBOX_POLL_INTERVAL", "500ms", _duration("10ms"), "how often an idle relay looks")
     lease_seconds: float = _setting("OUTBOX_LEASE", "15s", _duration("1s"), "how long a silent relay keeps its shards")
     confirm_timeout_seconds: float = _setting(
@@ -208,14 +206,18 @@ class Settings:
     backoff_base_seconds: float = _setting("OUTBOX_BACKOFF_BASE", "1s", _duration(), "longest first wait before a retry")
     backoff_max_seconds: float = _setting("OUTBOX_BACKOFF_MAX", "5m", _duration(), "longest wait before any retry")
     max_body_bytes: int = _setting("OUTBOX_MAX_BODY", "256KiB", _size, "a larger message is refused at send()")
-    retention_seconds: float = _setting("OUTBOX_RETENTION", "7d", _duration("1h"), "how long published messages are kept")
+    retention_seconds: float = _setting(
+        "OUTBOX_RETENTION", "7d", _duration("1h"), "no effect yet: nothing is purged; CONSUMER_INBOX_RETENTION must be longer"
+    )
     http_address: str | None = _setting("OUTBOX_HTTP_PORT", "off", _port, "/livez, /readyz and /metrics of relay and services")
     shutdown_timeout_seconds: float = _setting(
         "OUTBOX_SHUTDOWN_TIMEOUT", "25s", _duration("100ms"), "how long SIGTERM waits for work in hand"
     )
     log_format: str = _setting("OUTBOX_LOG_FORMAT", "console", _choice("console", "json"), "log lines for people or machines")
     consumer_prefetch: int = _setting("CONSUMER_PREFETCH", 200, _count(1, 10_000), "unacknowledged deliveries of a service")
-    consumer_workers: int = _setting("CONSUMER_WORKERS", 4, _count(1, 64), "threads of a service; a key is on one at a time")
+    consumer_workers: int = _setting(
+        "CONSUMER_WORKERS", 4, _count(1, 64), "threads of a service (on SQLite one); a key is on one at a time"
+    )
     consumer_batch: int = _setting("CONSUMER_BATCH", 50, _count(1, 1_000), "waiting messages that share one transaction")
     consumer_max_attempts: int = _setting("CONSUMER_MAX_ATTEMPTS", 5, _count(1, 1_000), "then a delivery is parked")
     inbox_retention_seconds: float = _setting(

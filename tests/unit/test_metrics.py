@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from outbox import metrics
+from tests.architecture.source import modules
+from tests.kit.processes import ROOT
 
 
 def test_counters_gauges_and_histograms_are_exposed() -> None:
@@ -25,3 +29,12 @@ def test_without_prometheus_client_they_are_silent(monkeypatch: pytest.MonkeyPat
     metrics.gauge("a", "A gauge.").set(7)
     metrics.histogram("a_seconds", "A histogram.").observe(1)
     assert metrics.render() is None
+
+
+def test_the_documents_name_every_metric_and_no_other() -> None:
+    made = re.compile(r'metrics\.(?:counter|gauge|histogram)\(\s*"(\w+)"')
+    found = {name for module in modules("outbox") for name in made.findall(module.path.read_text(encoding="utf-8"))}
+    rows = re.findall(
+        r"^\| (`(?:outbox|consumer)_\w+`[^|]*)", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == found
