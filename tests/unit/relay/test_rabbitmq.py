@@ -19,9 +19,11 @@ from pika.adapters.select_connection import IOLoop
 from outbox.backoff import Backoff
 from outbox.errors import ConfigurationError
 from outbox.message import cloud_event
+from outbox.relay import open_broker
 from outbox.relay.broker import NOT_SENT, PRECONDITION, Outcome, Outgoing
 from outbox.relay.rabbitmq import RabbitBroker
 from outbox.relay.rabbitmq.link import Link
+from outbox.settings import Settings
 from tests.builders import message
 from tests.kit.outgoing import answered, batch, connected
 from tests.kit.ports import free_port
@@ -248,6 +250,18 @@ def test_silence_loses_the_window_and_a_late_ack_confirms_nothing() -> None:
         assert broker.answers(0.05) == []
         again.ack(1)
         assert outcomes(answered(broker, 1)) == {10: Outcome.CONFIRMED}
+
+
+def test_the_settings_say_how_long_silence_is_borne() -> None:
+    with ScriptedAmqp() as server:
+        broker = open_broker(Settings(broker_url=server.url, confirm_timeout_seconds=0.3))
+        broker.start()
+        try:
+            connected(broker)
+            broker.send(batch(1))
+            assert "no confirm came for 0.3 s" in answered(broker, 1)[1].detail
+        finally:
+            broker.stop(5)
 
 
 def test_silence_is_counted_from_the_last_confirm() -> None:
