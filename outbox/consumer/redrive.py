@@ -12,11 +12,14 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from outbox import failpoints
 from outbox.consumer import arrival as arrivals
 from outbox.consumer import inbox, parking, telemetry
 from outbox.consumer.attempts import GivenUp, Stopping, crashed
 from outbox.consumer.delivery import Settled, Tally, count, task_of
+from outbox.consumer.failures import is_transient
 from outbox.consumer.outcomes import Outcome
 from outbox.consumer.parking import Aside
 from outbox.consumer.tables import State
@@ -47,9 +50,14 @@ class Replays:
         self._name = deliveries.service.name
 
     def due(self) -> list[Row[Any]]:
-        """Return messages that are due."""
-        with reading(self._deliveries.engine) as connection:
-            return parking.due(connection, self._name, self._deliveries.clock(), _AT_ONCE)
+        """Return messages that are due. Raises Transient."""
+        try:
+            with reading(self._deliveries.engine) as connection:
+                return parking.due(connection, self._name, self._deliveries.clock(), _AT_ONCE)
+        except SQLAlchemyError as error:
+            if is_transient(error):
+                raise Transient(str(error)) from error
+            raise
 
     def begin(self, row_id: int, key: Key | None) -> int:
         """Record that the replay of a message begins, and return how often one began without an end; 0: not its turn."""

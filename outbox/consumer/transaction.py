@@ -110,11 +110,6 @@ def transaction(engine: Engine) -> Iterator[HandlerSession]:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A transaction that only reads: on SQLite it keeps no writer waiting. Raises Transient as `transaction` does."""
-    try:
-        with engine.connect().execution_options(outbox_read_only=True) as connection:
-            yield connection
-    except SQLAlchemyError as error:
-        if is_transient(error):
-            raise Transient(str(error)) from error
-        raise
+    """A transaction that only reads: on SQLite it keeps no writer waiting. Errors of the database leave it as they are."""
+    with engine.connect().execution_options(outbox_read_only=True) as connection:
+        yield connection

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from outbox import failpoints
@@ -89,6 +91,35 @@ def test_a_drain_without_a_broker_ends_and_says_so(tmp_path: Path, monkeypatch: 
     operate.migrate(service, operate.open_engine(service, settings))
     with pytest.raises(Unavailable, match=r"no connection to amqp://.*start the broker and drain again"):
         worker.run(service, settings, drain=True)
+
+
+def test_a_service_waits_for_its_database_whichever_statement_of_its_start_is_cut(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    service = Running(recorder.service, settings)
+    plain, attempts, lost = operate.check, count(), []
+    left = -1
+
+    def check(*arguments: Any, **options: Any) -> None:
+        nonlocal left
+        left = next(attempts)  # one statement later each time
+        plain(*arguments, **options)
+        left = -1
+
+    def cut(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            lost.append(statement)
+            raise OperationalError(statement, None, Exception("the server is gone"), connection_invalidated=True)
+
+    event.listen(service.engine, "before_cursor_execute", cut)
+    monkeypatch.setattr(operate, "check", check)
+    monkeypatch.setattr(worker, "_DATABASE_SECONDS", 0.01)
+    service.start()
+    assert service.stop() == 0
+    assert any("effects" in statement for statement in lost)  # up to the last question: are the service's own tables there?
 
 
 def test_a_drain_without_a_database_ends_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
