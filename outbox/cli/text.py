@@ -18,6 +18,10 @@ from outbox.errors import OutboxError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
+#: A narrower terminal is written over its edge: words of a letter a line help nobody.
+_LEAST_ROOM = 20
+_USUAL_COLUMNS = 80
+
 COLOURS = {
     "published": "green",
     "running": "green",
@@ -120,14 +124,16 @@ def _line(cells: Sequence[str], widths: Sequence[int], head: Sequence[str], righ
 def _room() -> int:
     """The columns of the terminal; plenty where there is none."""
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns
+        columns = os.get_terminal_size(sys.stdout.fileno()).columns
     except (OSError, ValueError, AttributeError):  # AttributeError: started with stdout closed, Python has none
         return 10_000
+    return columns or _USUAL_COLUMNS  # `docker exec -t`, `ssh -tt` and CI make terminals of no size
 
 
 def wrapped(sentence: str, *, indent: str) -> str:
     """Return *sentence* in lines that fit the terminal, all but the first indented; one line where there is none."""
-    return click.wrap_text(sentence, min(_room(), 10_000) - len(indent), subsequent_indent=indent)
+    room = max(_room() - len(indent), _LEAST_ROOM)
+    return click.wrap_text(sentence, room, subsequent_indent=indent)
 
 
 def one_line(text: str) -> str:
@@ -147,7 +153,7 @@ def printable(text: str) -> str:
 
 def cut(text: str, room: int) -> str:
     """Return *text*, ended by `…` where it is wider than *room* (but at least 20) columns."""
-    room = max(room, 20)
+    room = max(room, _LEAST_ROOM)
     return text if width(text) <= room else text[: room - 1] + "…"
 
 

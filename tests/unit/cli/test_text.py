@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime, timedelta, timezone
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -69,6 +71,16 @@ def test_text_is_cut_to_the_room_with_a_sign() -> None:
     assert text.cut("x" * 30, 25) == "x" * 24 + "…"
     assert text.cut("x" * 25, 25) == "x" * 25
     assert text.cut("x" * 30, 1) == "x" * 19 + "…"
+
+
+@pytest.mark.parametrize("columns", [0, 1, 2, 3, 19, 80])
+def test_a_terminal_may_have_any_number_of_columns_also_none(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr("os.get_terminal_size", lambda *_: os.terminal_size((columns, 0)))
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(fileno=lambda: 1))
+    sentence = "no relay is running and 7 messages wait; start one: outbox relay"
+    assert text.wrapped(sentence, indent="  ").split() == sentence.split()
+    assert len(text.wrapped(sentence, indent="  ").splitlines()) == {0: 1, 80: 1}.get(columns, 4)
+    assert "outbox" in text.table(("ID", "NAME"), [("1", "outbox")])
 
 
 def test_a_table_needs_no_standard_output_to_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
