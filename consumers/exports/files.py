@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
+import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from consumers.exports import model
 from consumers.exports.icalendar_files import ical, xcal
 from consumers.exports.pentabarf import pentabarf
+from outbox.consumer.failures import place as place_of
+from outbox.logs import say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy.engine import Engine
 
@@ -25,33 +32,63 @@ if TYPE_CHECKING:
 
 FOLDER = "EXPORTS_FOLDER"
 DEFAULT_FOLDER = "instance/exports"
+OPEN_EVENT = "open-event.json"
+#: How long an event whose files can't be made waits for the next attempt, where nothing new is told of it.
+_REST_SECONDS = 60.0
+
+log = logging.getLogger(__name__)
 
 
-def write_one(engine: Engine, folder: Path, now: datetime | None = None) -> bool:
-    """Bring the files of one event up to date; return False when none was behind.
+class Writer:
+    """Brings files up to date, an event at a time; remembers the events whose files can't be made."""
 
-    Killed anywhere, the files are whole and the next call writes them again: `written` moves only after them. An event whose
-    files can't be written keeps no other waiting: what it raised is raised when no other is behind.
-    """
-    failed: dict[int, Exception] = {}
-    with _one_writer(folder):
-        while True:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        #: Event → what was known of it when its files could not be made, and when that is tried again.
+        self._failed: dict[int, tuple[int, float]] = {}
+
+    def write_one(self, engine: Engine, folder: Path, now: datetime | None = None) -> bool:
+        """Bring the files of one event up to date; return False when none was behind that can be.
+
+        Killed anywhere, the files are whole and the next call writes them again: `written` moves only after them. An event
+        whose files can't be made delays no other: it is logged, and tried again a minute later, or when more is told of it.
+        Raises OSError where the folder can't be written: that concerns them all.
+        """
+        with _one_writer(folder):
             with engine.connect() as connection:
-                behind = model.next_behind(connection, failed)
-                conference = model.load(connection, behind[0]) if behind else None
-            if behind is None:
-                break
-            try:
-                _write(folder / f"event-{behind[0]}", conference, now or datetime.now(UTC))
-            except Exception as error:  # noqa: BLE001 - the first is raised below
-                failed[behind[0]] = error
-                continue
-            with engine.begin() as connection:
-                model.written(connection, *behind)
-            return True
-    if failed:
-        raise next(iter(failed.values()))
-    return False
+                behind = model.behind(connection)
+            for event_id, changed in behind:
+                if not self._rests(event_id, changed) and self._write(engine, folder, event_id, changed, now):
+                    return True
+        return False
+
+    def _rests(self, event_id: int, changed: int) -> bool:
+        known, again_at = self._failed.get(event_id, (0, 0.0))
+        return known == changed and self._clock() < again_at
+
+    def _write(self, engine: Engine, folder: Path, event_id: int, changed: int, now: datetime | None) -> bool:
+        try:
+            place = _place(folder, event_id)
+            with engine.connect() as connection:
+                conference = model.load(connection, event_id)
+            contents = render(conference, now or datetime.now(UTC)) if conference else None
+        except SQLAlchemyError:
+            raise
+        except Exception as error:  # noqa: BLE001 - what others sent may be anything
+            self._note_failure(event_id, changed, error)
+            return False
+        _put(place, contents)
+        with engine.begin() as connection:
+            model.written(connection, event_id, changed)
+        self._failed.pop(event_id, None)
+        return True
+
+    def _note_failure(self, event_id: int, changed: int, error: Exception) -> None:
+        if self._failed.get(event_id, (0, 0.0))[0] != changed:
+            sentence = f"the files of event {event_id!r} can't be made: {place_of(error)}; the others are written"
+            say(log, logging.ERROR, "exports.event_failed", sentence)
+            log.debug("the files of an event can't be made", exc_info=error)
+        self._failed[event_id] = (changed, self._clock() + _REST_SECONDS)
 
 
 @contextmanager
@@ -63,13 +100,23 @@ def _one_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def _write(place: Path, conference: Conference | None, now: datetime) -> None:
-    if conference is None:
-        shutil.rmtree(place, ignore_errors=True)
+def _place(folder: Path, event_id: int) -> Path:
+    """Return the folder of an event. Raises ValueError for one outside *folder*, whatever the id or a link may say."""
+    place = folder / f"event-{event_id}"
+    if not model.is_id(event_id) or place.resolve().parent != folder.resolve():
+        raise ValueError(f"event {event_id!r} has no folder in {folder}")
+    return place
+
+
+def _put(place: Path, contents: dict[str, bytes] | None) -> None:
+    """Let *place* hold these files; None: let it be gone."""
+    if contents is None:
+        if place.exists():
+            shutil.rmtree(place)
         return
     place.mkdir(parents=True, exist_ok=True)
-    for name, content in render(conference, now).items():
-        replace(place / name, content)
+    for name, content in contents.items():
+        replace(place / name, content, private=name == OPEN_EVENT)
 
 
 def render(conference: Conference, now: datetime) -> dict[str, bytes]:
@@ -78,7 +125,7 @@ def render(conference: Conference, now: datetime) -> dict[str, bytes]:
         "schedule.ics": ical(conference, now),
         "schedule.xcal.xml": xcal(conference, now),
         "pentabarf.xml": pentabarf(conference),
-        "open-event.json": open_event(conference),
+        OPEN_EVENT: open_event(conference),
     }
 
 
@@ -94,17 +141,28 @@ def open_event(conference: Conference) -> bytes:
     return json.dumps(document, ensure_ascii=False, indent=1).encode()
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes, *, private: bool = False) -> None:
     """Write *content* beside *path* and rename it: a reader sees the old file or the new one, and two writers never mix.
 
+    Whom the umask lets read may read it; what is *private* (it holds addresses) the group at most.
     (The task of 2017 wrote every event's `pentabarf.xml` through one shared file name.)
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; these are for other programs to read
+            file.flush()
+            os.fsync(handle)  # or a power failure after the rename leaves an empty file, which is noted as written
+        os.chmod(temporary, (0o640 if private else 0o644) & ~_umask())  # mkstemp's are for nobody else
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@cache
+def _umask() -> int:
+    """The umask of this process. It can only be read by setting it, so that is done once."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -10,11 +10,12 @@ import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from sqlalchemy.engine import Connection
 
 Document = dict[str, Any]
+
+#: What a column of ids takes.
+LARGEST_ID = 2**63 - 1
 
 
 class Base(DeclarativeBase):
@@ -58,16 +59,36 @@ class Conference:
     microlocations: list[Document]
 
 
+def is_id(value: object) -> bool:
+    """Say whether *value* can be an id of the publisher: a whole number that its column takes, and no other thing of JSON."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_ID
+
+
 def keep(db_session: Session, kind: str, id: int, event_id: int, said_at: datetime | None, document: Document | None) -> None:
-    """Remember *document* as the state of a thing (None: deleted), unless something said later is known already."""
-    moment = (said_at or datetime.now(UTC)).astimezone(UTC).replace(tzinfo=None)
+    """Remember *document* as the state of a thing (None: deleted)."""
     part = db_session.get(Part, (kind, id))
     if part is None:
-        db_session.add(Part(kind=kind, id=id, event_id=event_id, said_at=moment, document=document))
-    elif part.said_at <= moment:
-        part.said_at, part.document = moment, document
+        db_session.add(Part(kind=kind, id=id, event_id=event_id, said_at=_naive(said_at), document=document))
     else:
-        return
+        part.said_at, part.document = _naive(said_at), document
+    _touch(db_session, event_id)
+
+
+def keep_newest(
+    db_session: Session, kind: str, id: int, event_id: int, said_at: datetime | None, document: Document | None
+) -> None:
+    """Remember *document* unless something said later is known: for a message that comes after one that followed it."""
+    part = db_session.get(Part, (kind, id))
+    if part is None or part.said_at <= _naive(said_at):
+        keep(db_session, kind, id, event_id, said_at, document)
+
+
+def _naive(said_at: datetime | None) -> datetime:
+    return (said_at or datetime.now(UTC)).astimezone(UTC).replace(tzinfo=None)
+
+
+def _touch(db_session: Session, event_id: int) -> None:
+    """Note that the files of an event are behind."""
     files = db_session.get(Files, event_id)
     if files is None:
         db_session.add(Files(event_id=event_id, changed=1, written=0))
@@ -80,11 +101,10 @@ def forget_event(db_session: Session, event_id: int) -> None:
     db_session.execute(sa.delete(Part).where(Part.event_id == event_id, Part.kind != "event"))
 
 
-def next_behind(connection: Connection, but: Collection[int] = ()) -> tuple[int, int] | None:
-    """Return an event, none of *but*, whose files are behind, and the count that files written now will contain."""
-    query = sa.select(Files.event_id, Files.changed).where(Files.written < Files.changed, Files.event_id.not_in(but))
-    row = connection.execute(query.order_by(Files.event_id).limit(1)).first()
-    return (row.event_id, row.changed) if row else None
+def behind(connection: Connection) -> list[tuple[int, int]]:
+    """Return each event whose files are behind, and the count that files written now will contain."""
+    query = sa.select(Files.event_id, Files.changed).where(Files.written < Files.changed).order_by(Files.event_id)
+    return [(row.event_id, row.changed) for row in connection.execute(query)]
 
 
 def written(connection: Connection, event_id: int, changed: int) -> None:

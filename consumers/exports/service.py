@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from consumers.exports import model
-from consumers.exports.files import DEFAULT_FOLDER, FOLDER, write_one
-from outbox.consumer import Service
+from consumers.exports.files import DEFAULT_FOLDER, FOLDER, Writer
+from outbox.consumer import Reject, Service
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -17,36 +18,35 @@ if TYPE_CHECKING:
     from outbox.message import Received
 
 service = Service("exports", tables=model.Base.metadata)
+_writer = Writer()
 
 
 @service.on("event.modified")
 def keep_event(
-    message: Received, db_session: Session, /, *, event_id: int, change: str, event: Any, tracks: list[Any], **extra: Any
+    message: Received, db_session: Session, /, *, event_id: Any, change: str, event: Any, tracks: list[Any], **extra: Any
 ) -> None:
     """Keep the core of a conference; tracks are part of it."""
     deleted = change == "deleted"
     document = None if deleted else {"event": event, "tracks": tracks}
-    model.keep(db_session, "event", event_id, event_id, message.created_at, document)
+    _keep(message, db_session, "event", event_id, event_id, document)
     if deleted:
         model.forget_event(db_session, event_id)
 
 
 @service.on("session.modified")
 def keep_session(
-    message: Received, db_session: Session, /, *, event_id: int, session_id: int, change: str, session: Any, **extra: Any
+    message: Received, db_session: Session, /, *, event_id: Any, session_id: Any, change: str, session: Any, **extra: Any
 ) -> None:
     """Keep a session (a talk)."""
-    document = None if change == "deleted" else session
-    model.keep(db_session, "session", session_id, event_id, message.created_at, document)
+    _keep(message, db_session, "session", session_id, event_id, None if change == "deleted" else session)
 
 
 @service.on("speaker.modified")
 def keep_speaker(
-    message: Received, db_session: Session, /, *, event_id: int, speaker_id: int, change: str, speaker: Any, **extra: Any
+    message: Received, db_session: Session, /, *, event_id: Any, speaker_id: Any, change: str, speaker: Any, **extra: Any
 ) -> None:
     """Keep a speaker."""
-    document = None if change == "deleted" else speaker
-    model.keep(db_session, "speaker", speaker_id, event_id, message.created_at, document)
+    _keep(message, db_session, "speaker", speaker_id, event_id, None if change == "deleted" else speaker)
 
 
 @service.on("microlocation.modified")
@@ -55,18 +55,26 @@ def keep_microlocation(
     db_session: Session,
     /,
     *,
-    event_id: int,
-    microlocation_id: int,
+    event_id: Any,
+    microlocation_id: Any,
     change: str,
     microlocation: Any,
     **extra: Any,
 ) -> None:
     """Keep a room."""
-    document = None if change == "deleted" else microlocation
-    model.keep(db_session, "microlocation", microlocation_id, event_id, message.created_at, document)
+    _keep(message, db_session, "microlocation", microlocation_id, event_id, None if change == "deleted" else microlocation)
+
+
+def _keep(message: Received, db_session: Session, kind: str, id: Any, event_id: Any, document: Any) -> None:
+    for name, value in (("event_id", event_id), (f"{kind}_id", id)):
+        if not model.is_id(value):  # whoever may publish chooses it, and a folder is called after it
+            raise Reject(f"{name} is no whole number from 1 to {model.LARGEST_ID} but {reprlib.repr(value)}")
+    # In order, the sequence has decided what is newer; the clocks of two publishers need not agree with it.
+    told = model.keep_newest if message.late else model.keep
+    told(db_session, kind, id, event_id, message.created_at, document)
 
 
 @service.background
 def write_files(engine: Engine) -> bool:
     """Write the files of one event that are behind: a burst of messages costs one writing, not one each."""
-    return write_one(engine, Path(os.environ.get(FOLDER, DEFAULT_FOLDER)))
+    return _writer.write_one(engine, Path(os.environ.get(FOLDER, DEFAULT_FOLDER)))

@@ -13,9 +13,11 @@ import sqlalchemy as sa
 from lxml import etree
 
 from consumers.exports import files, model, service
-from consumers.exports.files import replace, write_one
+from consumers.exports.files import Writer, replace
 from consumers.exports.icalendar_files import XCAL
+from consumers.exports.pentabarf import _zone
 from consumers.exports.programme import plain
+from outbox.consumer import Reject
 from outbox.database import create_engine
 from outbox.message import Message, encode, new_id
 
@@ -60,20 +62,27 @@ class World:
         self.engine: Engine = create_engine(f"sqlite:///{folder}/exports.db")
         self.folder = folder / "files"
         self.sequence = 0
+        self.clock = 0.0
+        self.writer = Writer(lambda: self.clock)
 
-    def say(self, topic: str, at: datetime = NOON, **data: Any) -> None:
+    def say(self, topic: str, at: datetime = NOON, sequence: int | None = None, **data: Any) -> None:
         self.sequence += 1
         message = Message(
-            id=new_id(), source="/openevent", topic=topic, key="event:1", sequence=self.sequence,
+            id=new_id(), source="/openevent", topic=topic, key="event:1", sequence=sequence or self.sequence,
             body=encode({"event_id": 1, "change": "updated", **data}, limit=10**6), created_at=at,
         )  # fmt: skip
         service.deliver(message, self.engine)
 
-    def say_session(self, id: int, at: datetime = NOON, change: str = "updated", **changes: Any) -> None:
-        self.say("session.modified", at, session_id=id, change=change, session=session(id, **changes))
+    def say_session(
+        self, id: int, at: datetime = NOON, change: str = "updated", sequence: int | None = None, **changes: Any
+    ) -> None:
+        self.say("session.modified", at, sequence, session_id=id, change=change, session=session(id, **changes))
+
+    def write_one(self) -> bool:
+        return self.writer.write_one(self.engine, self.folder, NOON)
 
     def write(self) -> None:
-        while write_one(self.engine, self.folder, NOON):
+        while self.write_one():
             pass
 
     def file(self, name: str) -> bytes:
@@ -153,13 +162,69 @@ def test_open_event_json_is_what_the_messages_said(world: World) -> None:
     assert [speaker["name"] for speaker in document["speakers"]] == ["Ada", "Grace Hopper"]
 
 
-def test_what_was_said_earlier_never_replaces_what_was_said_later(world: World) -> None:
-    world.say_session(1, at=NOON + timedelta(minutes=2), title="new")
-    world.say_session(1, at=NOON + timedelta(minutes=1), title="late and old")
-    world.say_session(2, at=NOON + timedelta(minutes=2), change="deleted")
-    world.say_session(2, at=NOON + timedelta(minutes=1), title="back from the dead")
+def test_what_comes_late_and_was_said_earlier_never_replaces_what_was_said_later(world: World) -> None:
+    earlier, later = NOON + timedelta(minutes=1), NOON + timedelta(minutes=2)
+    world.say_session(1, at=later, title="new")
+    world.say_session(1, at=earlier, sequence=1, title="late and old")
+    world.say_session(2, at=later, change="deleted")
+    world.say_session(2, at=earlier, sequence=1, title="back from the dead")
+    world.say_session(3, at=earlier, title="old")
+    world.say_session(3, at=later, sequence=1, title="late but newer")
     world.write()
-    assert [s["title"] for s in json.loads(world.file("open-event.json"))["sessions"]] == ["new"]
+    assert [s["title"] for s in json.loads(world.file("open-event.json"))["sessions"]] == ["new", "late but newer"]
+
+
+def test_in_order_the_later_message_wins_also_where_its_clock_is_behind(world: World) -> None:
+    world.say_session(1, at=NOON, title="Draft")
+    world.say_session(1, at=NOON - timedelta(seconds=1), title="Final title")
+    world.write()
+    assert [s["title"] for s in json.loads(world.file("open-event.json"))["sessions"]] == ["Final title"]
+
+
+@pytest.mark.parametrize("wrong", ["../../victim", "1", True, 1.0, 0, -1, 2**63, None, [1], {"a": 1}])
+def test_an_id_that_is_no_whole_number_is_refused_and_touches_no_file(world: World, tmp_path: Path, wrong: Any) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for change in ("updated", "deleted"):
+        with pytest.raises(Reject, match="event_id is no whole number"):
+            world.say("event.modified", event_id=wrong, event=EVENT, tracks=[], change=change)
+    with pytest.raises(Reject, match="session_id is no whole number"):
+        world.say("session.modified", session_id=wrong, session=session(1))
+    world.write()
+    assert victim.exists()
+    assert sorted(path.name for path in world.folder.iterdir()) == [".lock", "event-1"]
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_row_with_another_id_or_a_link_leads_to_no_file_outside_the_folder(
+    world: World, tmp_path: Path, deleted: bool
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    world.folder.mkdir()
+    (world.folder / "event-2").symlink_to(victim)
+    document = None if deleted else json.dumps({"event": EVENT, "tracks": []})
+    with world.engine.begin() as connection:  # the types of SQLite's columns are advice
+        for id in ("../../victim", "/../../victim", 2):
+            part = {"id": id, "document": document}
+            connection.execute(sa.text("INSERT INTO exports_part VALUES ('event', :id, :id, '2026-05-01', :document)"), part)
+            connection.execute(sa.text("INSERT INTO exports_files VALUES (:id, 1, 0)"), part)
+    world.write()
+    assert list(victim.iterdir()) == []
+    assert (world.folder / "event-1" / "schedule.ics").exists()
+
+
+def test_files_are_for_whom_the_umask_lets_read_and_addresses_for_the_group_at_most(world: World) -> None:
+    world.write()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (world.folder / "event-1").iterdir()}
+    readable = 0o644 & ~files._umask()
+    assert modes.pop("open-event.json") == readable & 0o640
+    assert set(modes.values()) == {readable}
+
+
+@pytest.mark.parametrize("zone", ["Europe", "Nowhere/At_All", "../../etc/passwd", "a\0b", "", "x" * 5000, None, 7, ["UTC"]])
+def test_a_zone_that_is_none_is_taken_for_utc(zone: Any) -> None:
+    assert _zone(zone).key == "UTC"
 
 
 def test_a_deleted_event_takes_its_files_and_its_parts_with_it(world: World) -> None:
@@ -175,30 +240,63 @@ def test_a_deleted_event_takes_its_files_and_its_parts_with_it(world: World) -> 
 def test_a_burst_of_messages_costs_one_writing(world: World) -> None:
     for id in range(1, 20):
         world.say_session(id)
-    assert write_one(world.engine, world.folder, NOON)
-    assert not write_one(world.engine, world.folder, NOON)
+    assert world.write_one()
+    assert not world.write_one()
 
 
 def test_a_message_during_the_writing_is_written_by_the_next(world: World) -> None:
     with world.engine.begin() as connection:
-        behind = model.next_behind(connection)
-    assert behind is not None
+        (behind,) = model.behind(connection)
     world.say_session(1)
     with world.engine.begin() as connection:
         model.written(connection, *behind)
-    assert write_one(world.engine, world.folder, NOON)
+    assert world.write_one()
     assert b"Talk 1" in world.file("schedule.ics")
 
 
-def test_an_event_that_can_not_be_written_keeps_no_other_waiting(world: World) -> None:
+def test_an_event_whose_files_can_not_be_made_delays_no_other_and_is_told_once(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     world.say_session(1, starts_at="soon", ends_at="later")
     world.say("event.modified", event_id=2, event={**EVENT, "id": 2}, tracks=[])
-    with pytest.raises(ValueError, match="soon"):
-        world.write()
-    assert (world.folder / "event-2" / "schedule.ics").exists()
-    world.say_session(1)
     world.write()
+    assert (world.folder / "event-2" / "schedule.ics").exists()
+    world.clock += 61
+    assert not world.write_one()
+    (told,) = (record.getMessage() for record in caplog.records if record.name == files.__name__)
+    assert "event 1 can't be made: ValueError" in told
+    assert "soon" not in told
+    world.say_session(1)
+    assert world.write_one()
     assert b"Talk 1" in world.file("schedule.ics")
+
+
+def test_an_event_whose_files_could_not_be_made_is_tried_again_after_a_while(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = []
+
+    def fail(*_: object) -> None:
+        attempts.append("failed")
+        raise ValueError
+
+    monkeypatch.setattr(files, "render", fail)
+    assert not world.write_one()
+    assert not world.write_one()
+    world.clock += 61
+    assert not world.write_one()
+    assert len(attempts) == 2
+
+
+def test_a_folder_that_can_not_be_written_is_nobodys_fault_and_is_raised(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(OSError, match="disk full"):
+            world.write_one()
+    assert world.write_one()
 
 
 def test_of_two_writers_the_one_that_read_earlier_does_not_write_last(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
