@@ -1,7 +1,8 @@
 """A message as it came from the broker: its raw bytes, who is to be acknowledged, and what could be read of it.
 
-The body alone decides what a message is; kombu's content types, encodings and compression are not looked at. Of the
-headers only the broker's own are read.
+The body alone decides what a message is; kombu's content types, encodings and compression are not looked at. Only where
+it is no event, the headers are asked whether they make it one (CloudEvents in binary mode): then the body becomes the
+event in structured mode, which from here on is the only form there is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from outbox.consumer.failures import storable
 from outbox.errors import InvalidMessage
-from outbox.message import MAX_NAME_BYTES, Received, check_name, received
+from outbox.message import MAX_NAME_BYTES, Received, check_name, received, structured
 
 if TYPE_CHECKING:
     from outbox.consumer.acks import Receipt
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 #: Deliveries that came to nothing before this one: from here on the message may be what killed the process.
 SUSPECT_AFTER = 3
 _MAX_PROPERTIES = 64 * 1024
+#: A body over this is decoded again when its turn comes: decoded JSON takes up to twenty times its bytes.
+LARGE_BYTES = 16 * 1024
+#: How bindings of CloudEvents begin the names of headers that are attributes: AMQP, AMQP through JMS, HTTP and Kafka.
+_BINARY_PREFIXES = ("cloudEvents:", "cloudEvents_", "ce-", "ce_")
+#: What brokers write into headers: it differs between two deliveries of one message.
+_BROKERS_HEADERS = ("x-delivery-count", "x-acquired-count", "x-death", "x-first-death-", "x-last-death-", "x-opt-")
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
 Identity = tuple[str, str]
@@ -47,12 +54,16 @@ class Arrival:
     dead_lettered: bool = False
     #: For whoever acknowledges it: only the connection that brought it can.
     receipt: Receipt | None = None
+    #: Stands for the message id where the message can't be read.
+    digest: str = ""
+    #: The message's data was dropped to save memory: `again` reads it from the body.
+    slim: bool = False
 
     @property
     def identity(self) -> Identity:
-        """What the inbox knows it by: source and message id; for an unreadable body its digest."""
+        """What the inbox knows it by: source and message id; for an unreadable one its digest."""
         if self.message is None:
-            return "", f"sha256:{hashlib.sha256(self.body).hexdigest()}"
+            return "", self.digest
         return self.message.source, self.message.id
 
     @property
@@ -82,9 +93,19 @@ def read(
     redelivered: bool = False,
     dead_lettered: bool = False,
     receipt: Receipt | None = None,
+    digest: str = "",
 ) -> Arrival:
-    """Return the arrival for *body*; never raises, whatever the bytes and headers are."""
+    """Return the arrival for *body*; never raises, whatever the bytes and headers are.
+
+    *digest*: what a message that can't be read was known by before.
+    """
+    if dead_lettered:
+        routing_key = _first_routing_key(headers) or routing_key
     message, problem = _decoded(body)
+    if message is None and (attributes := _binary_attributes(headers)):
+        body, message, problem = _from_binary(body, properties.get("content_type"), attributes)
+    if message is None:
+        digest = digest or _digest(body, routing_key, properties, headers)
     return Arrival(
         body=body,
         message=message,
@@ -94,7 +115,15 @@ def read(
         returns=_returns(headers, redelivered=redelivered),
         dead_lettered=dead_lettered,
         receipt=receipt,
+        digest=digest,
     )
+
+
+def slim(arrival: Arrival) -> Arrival:
+    """Return *arrival* without its decoded data when that is large: for one that has to wait."""
+    if arrival.message is None or len(arrival.body) <= LARGE_BYTES:
+        return arrival
+    return dataclasses.replace(arrival, message=dataclasses.replace(arrival.message, data=None), slim=True)
 
 
 def of_message(message: Received, body: bytes) -> Arrival:
@@ -104,7 +133,7 @@ def of_message(message: Received, body: bytes) -> Arrival:
 
 def again(arrival: Arrival) -> Arrival:
     """Return *arrival* as it came: whoever had it in hand may have changed the data of its message."""
-    return dataclasses.replace(arrival, message=_decoded(arrival.body)[0])
+    return dataclasses.replace(arrival, message=_decoded(arrival.body)[0], slim=False)
 
 
 def _decoded(body: bytes) -> tuple[Received | None, str]:
@@ -121,11 +150,67 @@ def _decoded(body: bytes) -> tuple[Received | None, str]:
     return message, ""
 
 
+def _binary_attributes(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes that *headers* hold of a CloudEvents event in binary mode; none, if it is no such event."""
+    for prefix in _BINARY_PREFIXES:
+        found = {name[len(prefix) :]: value for name, value in headers.items() if name.startswith(prefix)}
+        if "specversion" in found:
+            return found
+    return {}
+
+
+def _from_binary(body: bytes, content_type: Any, attributes: Mapping[str, Any]) -> tuple[bytes, Received | None, str]:
+    """Return body, message and problem of an event in binary mode; one that can't be read keeps its body."""
+    try:
+        event = structured(attributes, body, content_type)
+    except InvalidMessage as error:
+        return body, None, storable(str(error))
+    message, problem = _decoded(event)
+    return (body if message is None else event), message, problem
+
+
+def _digest(body: bytes, routing_key: str, properties: Mapping[str, Any], headers: Mapping[str, Any]) -> str:
+    """Return what tells an unreadable message from others: all that its publisher said, and nothing that brokers add.
+
+    Its body would not do: events in a form we can't read carry their id in properties or headers.
+    """
+    said = {name: value for name, value in properties.items() if name not in ("headers", "expiration")}
+    own = {name: value for name, value in headers.items() if not name.startswith(_BROKERS_HEADERS)}
+    around = "\0".join([routing_key, *_lines(said), "", *_lines(own)])
+    digest = hashlib.sha256(f"{len(body)}:".encode() + body)
+    digest.update(around.encode(errors="surrogatepass"))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _lines(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={_text(value)}" for name, value in sorted(values.items())]
+
+
+def _text(value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, default=repr)
+    except (TypeError, ValueError, RecursionError):  # tables within tables without end say nothing about who sent them
+        return type(value).__name__
+
+
+def _first_routing_key(headers: Mapping[str, Any]) -> str | None:
+    """Return under which routing key a dead-lettered message was published; the last entry of `x-death` is the first death."""
+    deaths = headers.get("x-death")
+    last = deaths[-1] if isinstance(deaths, list) and deaths else None
+    keys = last.get("routing-keys") if isinstance(last, dict) else None
+    return keys[0] if isinstance(keys, list) and keys and isinstance(keys[0], str) else None
+
+
 def _returns(headers: Mapping[str, Any], *, redelivered: bool) -> int:
-    """RabbitMQ 4.3 leaves a requeueing `basic.nack` out of `x-delivery-count`; `x-acquired-count` is what it was before."""
+    """RabbitMQ 4.3 leaves a requeueing `basic.nack` out of `x-delivery-count`; `x-acquired-count` is what it was before.
+
+    A first delivery was counted by nobody: RabbitMQ passes on whatever its publisher wrote into these headers.
+    """
+    if not redelivered:
+        return 0
     counts = [headers.get(name) for name in ("x-delivery-count", "x-acquired-count")]
     known = [count for count in counts if isinstance(count, int) and not isinstance(count, bool) and count >= 0]
-    if not known and redelivered and UNREADABLE_PROPERTIES in headers:
+    if not known and UNREADABLE_PROPERTIES in headers:
         return SUSPECT_AFTER  # the count is among what can't be read
     return max(known, default=0)
 
@@ -139,5 +224,12 @@ def properties_as_text(properties: Mapping[str, Any]) -> str:
     try:
         text = json.dumps({str(name): value for name, value in properties.items()}, default=repr)
     except (TypeError, ValueError, RecursionError):
-        text = json.dumps({"unreadable": repr(properties)})
+        text = json.dumps({"unreadable": _flat(properties)})
     return text if len(text) <= _MAX_PROPERTIES else json.dumps({"cut": text[:_MAX_PROPERTIES]})
+
+
+def _flat(properties: Mapping[str, Any]) -> str:
+    try:
+        return repr(properties)
+    except RecursionError:
+        return f"nested too deep: {', '.join(map(str, properties))}"

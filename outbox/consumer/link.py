@@ -84,7 +84,11 @@ class Link:
 
     def new_channel(self) -> Any:
         """Open a channel, for declarations."""
-        return self._transport.create_channel(self._raw)
+        channel = self._transport.create_channel(self._raw)
+        # By default py-amqp makes a text of a body whose `content_encoding` is one, as kombu and Celery set it: another text
+        # than was sent where the bytes are not that encoding's, and nothing that the database takes for a body.
+        channel.auto_decode = False
+        return channel
 
     def consume(self, topology: Topology, prefetch: int, on_arrival: Callable[[Arrival], None]) -> None:
         """Declare *topology* and begin to receive; *on_arrival* is called from `receive`. Raises as `topology.declare`."""
@@ -102,14 +106,16 @@ class Link:
         def received(message: Any) -> None:
             info = message.delivery_info
             headers = message.headers or {}
-            arrival = arrivals.read(
-                message.body or b"",  # py-amqp's empty body is a text
-                routing_key=info["routing_key"],
-                properties={**message.properties, "headers": headers} if headers else message.properties,
-                headers=headers,
-                redelivered=bool(info["redelivered"]),
-                dead_lettered=dead,
-                receipt=Receipt(acks, info["delivery_tag"]),
+            arrival = arrivals.slim(
+                arrivals.read(
+                    message.body or b"",  # py-amqp's empty body is a text
+                    routing_key=info["routing_key"],
+                    properties={**message.properties, "headers": headers} if headers else message.properties,
+                    headers=headers,
+                    redelivered=bool(info["redelivered"]),
+                    dead_lettered=dead,
+                    receipt=Receipt(acks, info["delivery_tag"]),
+                )
             )
             acks.delivered(info["delivery_tag"], arrival)
             on_arrival(arrival)

@@ -7,6 +7,7 @@ Any process of the service may replay; the locks let one of them do each.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -135,7 +136,9 @@ class Replays:
 
 
 def _arrival(row: Row[Any]) -> Arrival:
-    return arrivals.read(bytes(row.body), routing_key=row.topic)
+    properties = json.loads(row.properties)
+    headers = properties.get("headers") or {}  # what could not be read when it was parked may be readable now
+    return arrivals.read(bytes(row.body), routing_key=row.topic, properties=properties, headers=headers, digest=row.message_id)
 
 
 class Redriver:

@@ -200,6 +200,58 @@ def test_what_is_no_message_is_parked_with_its_bytes_and_the_service_goes_on(pla
     assert place.desk.left(QUEUE) == 0
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "gzip", "\U0001f4a9"])
+def test_a_body_is_bytes_whatever_encoding_its_properties_name(place: Place, encoding: str) -> None:
+    def fail(received: Any, _session: Any) -> None:
+        if received.data["number"] == 1:
+            raise ValueError("no")
+
+    recorder = Recorder(before=fail)
+    odd = '{"text":"\xe4'.encode()
+    with running(recorder.service, place.settings()) as service:
+        given = {"content_encoding": encoding, "content_type": "text/plain"}
+        fails = message(1)
+        place.desk.publish(fails, odd, message(2), properties=given)
+        applied(service, 1)
+        eventually(lambda: service.status().parked == 2, what="both to be parked")
+        assert {row.body for row in rows(service.engine, tables.parked)} == {cloud_event(fails), odd}
+    assert place.desk.left(QUEUE) == 0
+
+
+def test_unreadable_messages_with_equal_bytes_are_all_kept_and_a_replay_keeps_them_apart(place: Place) -> None:
+    recorder = Recorder()
+    with running(recorder.service, place.settings()) as service:
+        for number in range(5):
+            place.desk.publish(b'{"order":"paid"}', properties={"message_id": str(number)})
+        place.desk.publish(b'{"order":"paid"}', properties={"headers": {"id": "0"}})
+        eventually(lambda: service.status().parked == 6, what="all to be parked")
+        assert service.status().duplicates_total == 0
+        before = [entry.id for entry in operate.parked_list(service.engine, service.service)]
+        operate.requeue(service.engine, service.service, before, actor="me@here")
+        eventually(lambda: service.status().waiting_for_a_person == 6, what="all to be tried and parked again")
+        assert [entry.id for entry in operate.parked_list(service.engine, service.service)] == before
+    assert place.desk.left(QUEUE) == 0
+
+
+def test_events_in_binary_mode_are_applied_in_order_and_parked_as_events(place: Place) -> None:
+    def fail(received: Any, _session: Any) -> None:
+        if received.data["number"] == 3 and not mended.is_set():
+            raise ValueError("no")
+
+    mended, recorder = threading.Event(), Recorder(before=fail)
+    with running(recorder.service, place.settings()) as service:
+        for number in range(1, 6):
+            attributes = {"specversion": "1.0", "id": str(number), "source": "/shop", "type": TOPIC, "partitionkey": "a"}
+            headers = {f"cloudEvents:{name}": value for name, value in attributes.items()}
+            properties = {"content_type": "application/json", "headers": headers}
+            place.desk.publish(data(number=number), properties=properties)
+        eventually(lambda: service.status().parked == 3, what="the third and those behind it to be parked")
+        mended.set()
+        operate.requeue(service.engine, service.service, ["3"], actor="me@here")
+        applied(service, 5)
+        assert recorder.numbers(service.engine, "a") == [1, 2, 3, 4, 5]
+
+
 def test_a_missing_field_parks_the_message_at_once_with_the_field_named(place: Place) -> None:
     recorder = Recorder()
     with running(recorder.service, place.settings()) as service:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import enum
@@ -301,6 +302,21 @@ def test_a_time_that_is_none_is_left_out(text: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content_type", "data"),
+    [
+        (None, {"a": 1}),
+        ("application/json; charset=utf-8", {"a": 1}),
+        ("application/vnd.shop+json", {"a": 1}),
+        ("text/plain", b'{"a":1}'),
+        ("application/jsonl", b'{"a":1}'),
+    ],
+)
+def test_data_in_base64_is_what_its_content_type_says(content_type: str | None, data: Any) -> None:
+    encoded = base64.b64encode(b'{"a":1}').decode()
+    assert received(_event(data_base64=encoded, datacontenttype=content_type)).data == data
+
+
+@pytest.mark.parametrize(
     ("wire", "said"),
     [
         (b"", "no JSON"),
@@ -316,6 +332,8 @@ def test_a_time_that_is_none_is_left_out(text: Any) -> None:
         (_event(partitionkey=7), "partitionkey is no text"),
         (_event(data_base64="*"), "event 1: data_base64 is not base64"),
         (_event(data_base64=7), "event 1: data_base64 is not base64"),
+        (_event(data_base64="ew=="), "event 1: data_base64 holds no application/json: JSONDecodeError"),
+        (_event(data_base64="/w==", datacontenttype="text/json"), "data_base64 holds no text/json: UnicodeDecodeError"),
     ],
 )
 def test_anything_else_is_refused_with_what_is_wrong(wire: bytes, said: str) -> None:

@@ -79,7 +79,8 @@ def number(arrival: Arrival) -> int:
 
 
 def arrivals(*numbers: int, returns: int = 0) -> list[Arrival]:
-    return [read(cloud_event(message(each)), headers={"x-delivery-count": returns}) for each in numbers]
+    headers = {"x-delivery-count": returns}
+    return [read(cloud_event(message(each)), headers=headers, redelivered=returns > 0) for each in numbers]
 
 
 class Bench:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def arrival(key: str | None, number: int, *, returns: int = 0) -> Arrival:
-    return read(cloud_event(message(number, key=key, sequence=number if key else None)), headers={"x-delivery-count": returns})
+    body = cloud_event(message(number, key=key, sequence=number if key else None))
+    return read(body, headers={"x-delivery-count": returns}, redelivered=returns > 0)
 
 
 def filled(*arrivals: Arrival) -> Waiting:
