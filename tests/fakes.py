@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from outbox.relay.broker import NOT_SENT, Answer, BrokerState, Outcome, Outgoing
+from outbox.relay.broker import Answer, BrokerState, Cause, Outcome, Outgoing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ class FakeBroker:
             self.batches.append([outgoing.message for outgoing in batch])
             for outgoing in batch:
                 if not self.state().connected:
-                    self._answers.append(Answer(outgoing.token, Outcome.LOST, NOT_SENT + "no connection"))
+                    self._answers.append(Answer(outgoing.token, Outcome.NOT_SENT, "no connection"))
                     continue
                 self.sent.append(outgoing.message)
                 self._flying[outgoing.token] = outgoing.message
@@ -84,7 +84,7 @@ class FakeBroker:
 
     def stop(self, timeout: float) -> None:
         with self._changed:
-            self._lose("stopped")
+            self._lose("stopped", Cause.OURS)
             self._started = False
 
     # --- what a test does to it ---
@@ -102,11 +102,11 @@ class FakeBroker:
             self._answer(token, outcome, detail)
             self._changed.notify_all()
 
-    def disconnect(self, detail: str = "the connection was closed") -> None:
+    def disconnect(self, detail: str = "the connection was closed", cause: Cause = Cause.CLOSED) -> None:
         """Lose the connection and all that is in flight; it stays away until `connect`."""
         with self._changed:
             self._connected = False
-            self._lose(detail)
+            self._lose(detail, cause)
             self._news = True
             self._changed.notify_all()
 
@@ -128,7 +128,7 @@ class FakeBroker:
             self.delivered.append(message)
         self._answers.append(Answer(token, outcome, detail, 0.001))
 
-    def _lose(self, detail: str) -> None:
+    def _lose(self, detail: str, cause: Cause = Cause.CLOSED) -> None:
         for token in self._flying:
-            self._answers.append(Answer(token, Outcome.LOST, detail))
+            self._answers.append(Answer(token, Outcome.LOST, detail, cause=cause))
         self._flying.clear()

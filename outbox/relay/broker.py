@@ -23,21 +23,36 @@ class Outcome(Enum):
     CONFIRMED = auto()
     #: No queue is bound to the topic; nobody has it.
     RETURNED = auto()
-    #: A queue refused it (full, or without a majority); others may have it.
+    #: A queue refused it (full); others may have it.
     NACKED = auto()
     #: The message itself can't be sent: it failed before its first byte, or the broker closed the channel over it (406)
     #: while it was alone in flight.
     REFUSED = auto()
-    #: Undecided: the connection was lost, silent or blocked. It may have been delivered, unless the detail starts with
-    #: NOT_SENT. A detail that starts with PRECONDITION ("406") says that one of those in flight was to blame.
+    #: Undecided: the connection ended while it was in flight. It may have been delivered.
     LOST = auto()
+    #: It never left: there was no connection, or it ended before the first byte of this message.
+    NOT_SENT = auto()
 
 
-#: How the detail of a LOST message starts that never left: there was no connection, or it ended before the first byte.
-NOT_SENT = "not sent: "
-#: How the detail of LOST messages starts when the broker refused one of several in flight: sent one by one, the culprit
-#: comes back as REFUSED.
-PRECONDITION = "406"
+class Cause(Enum):
+    """Why a connection ended, as far as that says something about the messages in flight."""
+
+    #: The broker or the network ended it: one of the messages in flight may have been the reason.
+    CLOSED = auto()
+    #: The broker closed the channel over one of the messages in flight (406). Sent one by one, the culprit comes back as
+    #: REFUSED.
+    MESSAGE = auto()
+    #: We ended it, because no confirm came for too long.
+    SILENCE = auto()
+    #: We ended it, because the broker took no messages for too long.
+    BLOCKED = auto()
+    #: We ended it for another reason, or there was none.
+    OURS = auto()
+
+    @property
+    def may_be_a_message(self) -> bool:
+        """Whether one of the messages in flight may be to blame. A deadline of our own is no evidence against any."""
+        return self in (Cause.CLOSED, Cause.MESSAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +73,8 @@ class Answer:
     detail: str = ""
     #: From writing it to the broker's answer; 0 where the broker did not answer.
     seconds: float = 0.0
+    #: Why the connection ended; for LOST and NOT_SENT.
+    cause: Cause = Cause.OURS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +107,7 @@ class Broker(Protocol):
         """Begin to connect, in the background; the broker need not be up. Reconnects by itself, with jitter, until `stop`."""
 
     def send(self, batch: Sequence[Outgoing]) -> None:
-        """Hand over *batch*, in order. Each message gets exactly one answer; without a connection that is LOST, at once."""
+        """Hand over *batch*, in order. Each message gets exactly one answer; without a connection NOT_SENT, at once."""
 
     def answers(self, timeout: float) -> list[Answer]:
         """Wait until an answer is there, the state changes, `wake` is called or *timeout* seconds pass; return the answers."""
@@ -102,4 +119,4 @@ class Broker(Protocol):
         """Return the present state, without I/O."""
 
     def stop(self, timeout: float) -> None:
-        """Close within *timeout* seconds; what is still unanswered is LOST."""
+        """Close within *timeout* seconds; what is still unanswered is LOST or NOT_SENT."""

@@ -1,7 +1,8 @@
 """How carefully to send after connections were lost. Pure: told what happened, asked who may go.
 
-A lost connection says nothing about the messages in flight, and nearly always it was not their fault. But a message that
-makes the broker close the connection would do so for ever, with everybody else in the window. So:
+A lost connection says nothing about the messages in flight, and nearly always it was not their fault; one that we dropped
+ourselves, because nobody answered in time, never was. But a message that makes the broker close the connection would do so
+for ever, with everybody else in the window. So:
 
 * after a loss, the first message goes alone;
 * a message lost three times, while others passed in between, is a suspect: suspects fly without company, and each time
@@ -84,6 +85,13 @@ class Caution:
         if self._group == 0:
             self._group = len(self._suspects) // 2
         return culprit
+
+    def dropped(self, ids: Iterable[int]) -> None:
+        """We ended the connection with *ids* in flight: no evidence against any of them. Others go first next time."""
+        self._alone = True
+        self._number += 1
+        for id_ in ids:
+            self._losses.setdefault(id_, _Losses(0, -1, 0)).number = self._number
 
     def next_alone(self, ready: Iterable[int]) -> int | None:
         """Return which of *ready* goes first on a new connection: whoever was never lost, or lost longest ago."""

@@ -14,7 +14,7 @@ from outbox.embedded.file import BrokerFileError, BrokerFileUnavailable
 from outbox.embedded.queues import Publication, Queues
 from outbox.embedded.urls import path_of
 from outbox.message import cloud_event
-from outbox.relay.broker import NOT_SENT, Answer, BrokerState, Outcome
+from outbox.relay.broker import Answer, BrokerState, Outcome
 from outbox.relay.frames import CONTENT_TYPE
 from outbox.relay.news import News
 
@@ -64,9 +64,7 @@ class EmbeddedBroker:
         for outgoing in batch:
             key = outgoing.message.key
             if key in refused:
-                self._answers.append(
-                    Answer(outgoing.token, Outcome.LOST, f"{NOT_SENT}an earlier message of its key was refused")
-                )
+                self._answers.append(Answer(outgoing.token, Outcome.NOT_SENT, "an earlier message of its key was refused"))
                 continue
             try:
                 publications.append(self._publication(outgoing.message))
@@ -79,7 +77,7 @@ class EmbeddedBroker:
         reached = self._publish(publications)
         seconds = time.monotonic() - began
         if reached is None:
-            self._answers += [Answer(token, Outcome.LOST, NOT_SENT + self._state.detail) for token in tokens]
+            self._answers += [Answer(token, Outcome.NOT_SENT, self._state.detail) for token in tokens]
         else:
             self._answers += [self._answer(token, queues, seconds) for token, queues in zip(tokens, reached, strict=True)]
 

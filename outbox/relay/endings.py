@@ -9,6 +9,8 @@ import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from outbox.relay.broker import Cause
+
 if TYPE_CHECKING:
     from outbox.amqp_url import AmqpUrl
 
@@ -21,8 +23,7 @@ class Ending:
     detail: str
     #: The broker is there and refuses us as configured: password, virtual host, exchange, permission, certificate.
     refused: bool = False
-    #: The broker closed the channel over a message (406).
-    message_refused: bool = False
+    cause: Cause = Cause.CLOSED
     #: We wanted it.
     expected: bool = False
 
@@ -47,7 +48,7 @@ def channel_closed(url: AmqpUrl, code: int, words: str) -> Ending:
         return Ending(f"{code} {words}; create the exchange: outbox topology apply", refused=True)
     if code == 403:
         return Ending(f"{code} {words}; allow it: {_permit(url)}", refused=True)
-    return Ending(f"{code} {words}", message_refused=code == 406)
+    return Ending(f"{code} {words}", cause=Cause.MESSAGE if code == 406 else Cause.CLOSED)
 
 
 def failed(url: AmqpUrl, error: BaseException, *, was_open: bool) -> Ending:

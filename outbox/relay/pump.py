@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from outbox import database, failpoints
 from outbox.message import Message
 from outbox.relay import telemetry, verdict
-from outbox.relay.broker import NOT_SENT, PRECONDITION, Answer, Outcome, Outgoing
+from outbox.relay.broker import Answer, Cause, Outcome, Outgoing
 from outbox.relay.caution import Caution
 from outbox.relay.lanes import Item, Lanes
 from outbox.relay.position import Position
@@ -120,7 +120,7 @@ class Pump:
             item = self.lanes.flying_item(answer.token)
             if item is None:
                 continue
-            if answer.outcome is Outcome.LOST:
+            if answer.outcome in (Outcome.LOST, Outcome.NOT_SENT):
                 lost.append((item, answer))
                 continue
             self._caution.passed(answer.token)
@@ -141,7 +141,7 @@ class Pump:
     def _apply(self, item: Item, answer: Answer, now: float, wall: datetime) -> None:
         row = item.row
         if answer.outcome is not Outcome.CONFIRMED:
-            telemetry.FAILURES.labels(telemetry.reason(answer.outcome, answer.detail)).inc()
+            telemetry.FAILURES.labels(telemetry.reason(answer)).inc()
         decided = verdict.of(row, answer, self._policy, self._rng)
         if isinstance(decided, verdict.Done) and item.outgoing is not None:
             message = item.outgoing.message
@@ -164,11 +164,13 @@ class Pump:
             self._position.want_full()
 
     def _take_losses(self, lost: list[tuple[Item, Answer]], were_flying: int, now: float, wall: datetime) -> None:
-        sent = [item.row.id for item, answer in lost if not answer.detail.startswith(NOT_SENT)]
-        blamed = any(answer.detail.startswith(PRECONDITION) for _, answer in lost)
-        culprits = self._caution.lost(sent, were_flying=were_flying, blamed=blamed)
+        sent = [(item.row.id, answer.cause) for item, answer in lost if answer.outcome is Outcome.LOST]
+        closed = [id_ for id_, cause in sent if cause.may_be_a_message]
+        blamed = any(cause is Cause.MESSAGE for _, cause in sent)
+        self._caution.dropped(id_ for id_, _ in sent)
+        culprits = self._caution.lost(closed, were_flying=were_flying, blamed=blamed)
         for item, answer in lost:
-            telemetry.FAILURES.labels(telemetry.reason(answer.outcome, answer.detail)).inc()
+            telemetry.FAILURES.labels(telemetry.reason(answer)).inc()
             if self._shards.epochs.get(item.row.shard, 0) != item.epoch:
                 self.lanes.forget(item)
             elif item.row.id in culprits:

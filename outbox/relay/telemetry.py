@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from outbox import metrics
 from outbox.logs import say
-from outbox.relay.broker import Outcome
+from outbox.relay.broker import Cause, Outcome
 
 if TYPE_CHECKING:
-    from outbox.relay.broker import BrokerState
+    from outbox.relay.broker import Answer, BrokerState
     from outbox.store.drain import Census
 
 PENDING = metrics.gauge("outbox_pending_messages", "Rows of outbox_pending, by state.", ["state"])
@@ -29,17 +29,13 @@ _REASONS = {
     Outcome.RETURNED: "returned",
     Outcome.NACKED: "nacked",
     Outcome.REFUSED: "refused",
-    Outcome.LOST: "lost",
 }
-#: How an adapter words why it dropped a connection, in `Answer.detail`.
-_LOSSES = {"no confirm came": "silent", "takes no messages": "blocked"}
+_LOSSES = {Cause.SILENCE: "silent", Cause.BLOCKED: "blocked"}
 
 
-def reason(outcome: Outcome, detail: str) -> str:
+def reason(answer: Answer) -> str:
     """Return the label for an answer that is no confirm."""
-    if outcome is Outcome.LOST:
-        return next((label for words, label in _LOSSES.items() if words in detail), "lost")
-    return _REASONS[outcome]
+    return _REASONS.get(answer.outcome) or _LOSSES.get(answer.cause, "lost")
 
 
 def show(census: Census) -> None:

@@ -6,7 +6,7 @@
 | returned | waits as `unroutable`; done where nobody listening is fine |
 | nacked | waits as `retrying`, never gives up |
 | refused | waits as `retrying`, after `OUTBOX_MAX_ATTEMPTS` it is `dead` |
-| lost | stays as it is and goes out again |
+| lost, or not sent | stays as it is and goes out again |
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def of(row: Row, answer: Answer, policy: Policy, rng: random.Random) -> Verdict:
     """Return what *answer* means for *row*."""
     if answer.outcome is Outcome.CONFIRMED:
         return DONE
-    if answer.outcome is Outcome.LOST:
+    if answer.outcome in (Outcome.LOST, Outcome.NOT_SENT):
         return AGAIN
     if answer.outcome is Outcome.RETURNED:
         return _returned(row, policy)

@@ -13,7 +13,7 @@ import pika
 import pytest
 
 from outbox.backoff import Backoff
-from outbox.relay.broker import NOT_SENT, Outcome, Outgoing
+from outbox.relay.broker import Outcome, Outgoing
 from outbox.relay.rabbitmq import RabbitBroker
 from tests.builders import message
 from tests.kit.outgoing import answered, batch, connected
@@ -167,7 +167,7 @@ def test_an_exchange_deleted_while_publishing_loses_nothing_and_is_named(broker_
         set_up(channel)
         sender.finish()
     # Since 4.3 the bindings may be gone a moment before the exchange is: what is published then comes back as unroutable.
-    assert sender.outcomes - {Outcome.RETURNED} == {Outcome.CONFIRMED, Outcome.LOST}
+    assert sender.outcomes - {Outcome.RETURNED, Outcome.NOT_SENT} == {Outcome.CONFIRMED, Outcome.LOST}
     assert set(ids_of(messages)) <= set(everything_in_the_queue(broker_url, 3000))
 
 
@@ -271,7 +271,7 @@ def expect_refusal(broker: RabbitBroker, words: str) -> None:
     assert words in broker.state().detail
     assert "secret" not in broker.state().detail
     broker.send(batch(1))
-    assert answered(broker, 1)[1].detail.startswith(NOT_SENT)
+    assert answered(broker, 1)[1].outcome is Outcome.NOT_SENT
 
 
 def test_a_user_who_may_not_write_is_told_so_and_goes_on_when_allowed(
@@ -289,7 +289,7 @@ def test_a_user_who_may_not_write_is_told_so_and_goes_on_when_allowed(
         with relay_on(f"amqp://{user}:reading@{parts.hostname}:{parts.port}/{vhost}") as broker:
             broker.send(batch(3))
             lost = answered(broker, 3)
-            assert {answer.outcome for answer in lost.values()} == {Outcome.LOST}
+            assert {answer.outcome for answer in lost.values()} == {Outcome.LOST, Outcome.NOT_SENT}
             assert lost[1].detail.startswith("403 ACCESS_REFUSED")
             assert "rabbitmqctl set_permissions" in lost[1].detail
             management.request("PUT", f"permissions/{vhost}/{user}", {**permissions, "write": ".*"})

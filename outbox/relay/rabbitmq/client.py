@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from outbox import amqp_url
 from outbox.backoff import Backoff
-from outbox.relay.broker import NOT_SENT, Answer, BrokerState, Outcome
+from outbox.relay.broker import Answer, BrokerState, Cause, Outcome
 from outbox.relay.endings import Ending
 from outbox.relay.news import News
 from outbox.relay.rabbitmq.connection import parameters
 from outbox.relay.rabbitmq.link import Link, Terms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from outbox.relay.broker import Outgoing
 
@@ -71,7 +71,7 @@ class RabbitBroker:
             if self._link is not None and state.connected:
                 self._link.hand_over(batch)
                 return
-        self._lost((outgoing.token for outgoing in batch), NOT_SENT + state.detail)
+        self._answers.put([Answer(each.token, Outcome.NOT_SENT, state.detail) for each in batch])
 
     def answers(self, timeout: float) -> list[Answer]:
         found: list[Answer] = []
@@ -104,7 +104,7 @@ class RabbitBroker:
                 end = link.run()
             except Exception as mistake:
                 log.exception("the connection to %s ended by a mistake of this program", self._terms.url)
-                end = Ending(f"a mistake of this program: {type(mistake).__name__}")
+                end = Ending(f"a mistake of this program: {type(mistake).__name__}", cause=Cause.OURS)
             with self._lock:
                 self._link = None
                 let_in = self._state.let_in or link.was_open
@@ -135,10 +135,9 @@ class RabbitBroker:
         """Give every message that *link* still had its answer."""
         in_flight, unwritten = link.abandon()
         self._news.doubt(link.ready and bool(link.blocked or (not link.proven and (in_flight or unwritten))))
-        if end.message_refused and len(in_flight) == 1:
-            self._answers.put([Answer(in_flight.pop(), Outcome.REFUSED, end.detail)])
-        self._lost(in_flight, end.detail)
-        self._lost(unwritten, NOT_SENT + end.detail)
+        lost = Outcome.REFUSED if end.cause is Cause.MESSAGE and len(in_flight) == 1 else Outcome.LOST
+        self._answers.put([Answer(token, lost, end.detail, cause=end.cause) for token in in_flight])
+        self._answers.put([Answer(token, Outcome.NOT_SENT, end.detail, cause=end.cause) for token in unwritten])
 
     def _tell(self, end: Ending, *, was_ready: bool) -> None:
         if end.expected:
@@ -148,9 +147,6 @@ class RabbitBroker:
             self._news.trouble("refused", end.detail + again, logging.ERROR)
         else:
             self._news.trouble("lost" if was_ready else "unreachable", f"{end.detail}; trying again until it is back")
-
-    def _lost(self, tokens: Iterable[int], detail: str) -> None:
-        self._answers.put([Answer(token, Outcome.LOST, detail) for token in tokens])
 
     # --- what a link reports, in the I/O thread ---------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from pika.adapters.select_connection import IOLoop
 
 from outbox import failpoints
 from outbox.relay import endings
-from outbox.relay.broker import Answer, Outcome
+from outbox.relay.broker import Answer, Cause, Outcome
 from outbox.relay.confirms import Confirms, Flight, Unexpected
 from outbox.relay.endings import Ending
 from outbox.relay.frames import PublishEncoder
@@ -125,7 +125,7 @@ class Link:
             self._loop.start()
         finally:
             self._loop.close()
-        return self._end or Ending(f"the connection to {self._terms.url} ended without a reason")
+        return self._end or Ending(f"the connection to {self._terms.url} ended without a reason", cause=Cause.OURS)
 
     def abandon(self) -> tuple[list[int], list[int]]:
         """Return the tokens of all messages without an answer: those written, those not."""
@@ -142,7 +142,7 @@ class Link:
             self._connection.drop()
 
     def _close(self, seconds: float) -> None:
-        goodbye = Ending(f"disconnected from {self._terms.url}", expected=True)
+        goodbye = Ending(f"disconnected from {self._terms.url}", cause=Cause.OURS, expected=True)
         if self.ready and self._end is None and not self.blocked and not self._unanswered:
             self._end = goodbye
             self._loop.call_later(seconds, self._loop.stop)
@@ -259,7 +259,7 @@ class Link:
         try:
             answers = take(method.delivery_tag, multiple=method.multiple, now=now)
         except Unexpected as breach:
-            self._finish(self._distrust(breach))
+            self._distrust(breach)
             return
         self._heard_at = now
         self._owner.answered(answers)
@@ -275,10 +275,10 @@ class Link:
         try:
             self._confirms.returned(properties.message_id, f"{method.reply_code} {method.reply_text}")
         except Unexpected as breach:
-            self._finish(self._distrust(breach))
+            self._distrust(breach)
 
-    def _distrust(self, breach: Unexpected) -> Ending:
-        return Ending(f"dropped the connection to {self._terms.url}: it sent {breach}")
+    def _distrust(self, breach: Unexpected) -> None:
+        self._drop(f"it sent {breach}", Cause.OURS)
 
     # --- silence ----------------------------------------------------------------------------------------------------------
 
@@ -290,10 +290,11 @@ class Link:
         if remaining > 0:
             self._loop.call_later(remaining, self._watch)
         else:
-            silence = "it takes no messages" if self.blocked else "no confirm came"
-            self._finish(
-                Ending(f"dropped the connection to {self._terms.url}: {silence} for {self._terms.confirm_timeout_seconds:g} s")
-            )
+            cause, what = (Cause.BLOCKED, "it takes no messages") if self.blocked else (Cause.SILENCE, "no confirm came")
+            self._drop(f"{what} for {self._terms.confirm_timeout_seconds:g} s", cause)
+
+    def _drop(self, why: str, cause: Cause) -> None:
+        self._finish(Ending(f"dropped the connection to {self._terms.url}: {why}", cause=cause))
 
     def _on_blocked(self, _: Any, frame: Any) -> None:
         self.blocked = frame.method.reason or "it is out of some resource"

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from outbox import tables
 from outbox.message import Message
-from outbox.relay.broker import PRECONDITION, Outcome
+from outbox.relay.broker import Cause, Outcome
 from outbox.store import drain
 from tests.builders import message, write, write_message, write_pending
 from tests.integration.relay.stage import Stage
@@ -327,8 +327,8 @@ def test_after_a_loss_the_first_message_goes_alone(engine: Engine) -> None:
     assert len(stage.broker.flying) == 1
 
 
-@pytest.mark.parametrize("detail", ["the connection was closed", PRECONDITION + " PRECONDITION_FAILED"])
-def test_one_message_that_kills_every_connection_is_found_and_it_alone_counts(engine: Engine, detail: str) -> None:
+@pytest.mark.parametrize("cause", [Cause.CLOSED, Cause.MESSAGE])
+def test_one_message_that_kills_every_connection_is_found_and_it_alone_counts(engine: Engine, cause: Cause) -> None:
     stage = Stage(engine, max_attempts=2)
 
     def script(each: Message) -> Outcome | None:
@@ -342,7 +342,7 @@ def test_one_message_that_kills_every_connection_is_found_and_it_alone_counts(en
     for _ in range(400):
         stage.turn()
         if any(each.body == b"poison" for each in stage.broker.flying):
-            stage.broker.disconnect(detail)
+            stage.broker.disconnect(cause=cause)
             stage.broker.connect()
             losses += 1
         stage.make_due()
@@ -355,6 +355,22 @@ def test_one_message_that_kills_every_connection_is_found_and_it_alone_counts(en
     assert all(row.attempts == 0 for row in stage.rows() if row.state != "dead")
     assert {row.key for row in stage.rows()} == {"k10"}
     assert len(stage.delivered()) == 98  # all but the culprit and the one behind it
+
+
+@pytest.mark.parametrize("cause", [Cause.SILENCE, Cause.BLOCKED, Cause.OURS])
+def test_a_deadline_of_our_own_is_held_against_no_message_however_often_it_passes(engine: Engine, cause: Cause) -> None:
+    stage = Stage(engine, max_attempts=1)
+    stage.broker.script = lambda each: Outcome.CONFIRMED if each.topic == "y" else None
+    stage.write(keyed("a"), keyed("a"))
+    for _ in range(12):  # one is sent alone and gets no answer, others pass: as a message that kills connections would do
+        stage.write(message("y"), message("y"))
+        stage.turn(8)
+        stage.broker.disconnect(cause=cause)
+        stage.broker.connect()
+        stage.make_due()
+    stage.turn(8)
+    assert set(stage.states()) <= {"pending"}
+    assert [row.attempts for row in stage.rows()] == [0] * len(stage.rows())
 
 
 def test_a_broker_that_is_blocked_or_away_is_sent_nothing(engine: Engine) -> None:

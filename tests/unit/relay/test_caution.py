@@ -77,6 +77,24 @@ def test_messages_that_never_left_are_no_losses() -> None:
     assert not caution.suspects
 
 
+def test_a_connection_that_we_dropped_ourselves_is_no_evidence_against_anybody() -> None:
+    caution = Caution()
+    for _ in range(20):
+        caution.passed(9)
+        caution.dropped([1])
+        assert caution.alone
+        assert caution.lost([], were_flying=1) == []
+    assert not caution.suspects
+
+
+def test_whoever_was_in_flight_when_nobody_answered_goes_after_the_others() -> None:
+    caution = Caution()
+    caution.dropped([1, 2])
+    assert caution.next_alone([1, 2, 3]) == 3
+    caution.dropped([3])
+    assert caution.next_alone([1, 2, 3]) == 1
+
+
 @pytest.mark.parametrize("culprit", [1, 2, 100, 199, 200])
 def test_one_message_that_kills_connections_is_isolated_and_it_alone_is_blamed(culprit: int) -> None:
     stage = Stage(set(range(1, 201)), {culprit})

@@ -13,7 +13,7 @@ from outbox.embedded.ownership import Ownership, QueueLock, lock_path
 from outbox.embedded.queues import Queues, queue_number
 from outbox.errors import ConfigurationError
 from outbox.message import Message, cloud_event, new_id
-from outbox.relay.broker import NOT_SENT, Outcome, Outgoing
+from outbox.relay.broker import Outcome, Outgoing
 from outbox.relay.embedded import EmbeddedBroker
 from tests.kit.waiting import eventually
 
@@ -126,9 +126,9 @@ def test_what_follows_a_refused_message_in_its_key_is_not_sent(
     bodies = [("a", b"1"), ("a", b"unfit"), ("a", b"3"), ("b", b"4"), (None, b"unfit"), (None, b"6")]
     broker.send([Outgoing(token, _message(key=key, body=body)) for token, (key, body) in enumerate(bodies)])
     answers = {answer.token: answer for answer in broker.answers(0)}
-    confirmed, refused, lost = Outcome.CONFIRMED, Outcome.REFUSED, Outcome.LOST
-    assert [answers[token].outcome for token in range(6)] == [confirmed, refused, lost, confirmed, refused, confirmed]
-    assert answers[2].detail.startswith(NOT_SENT)
+    confirmed, refused, not_sent = Outcome.CONFIRMED, Outcome.REFUSED, Outcome.NOT_SENT
+    assert [answers[token].outcome for token in range(6)] == [confirmed, refused, not_sent, confirmed, refused, confirmed]
+    assert answers[2].detail == "an earlier message of its key was refused"
     assert queues.depth("exports").ready == 3
 
 
@@ -151,7 +151,7 @@ def test_a_message_that_cannot_be_encoded_is_refused_alone(
 def test_before_the_start_everything_is_lost_at_once(broker: EmbeddedBroker) -> None:
     broker.send(_batch("session.modified"))
     (answer,) = broker.answers(10)
-    assert (answer.outcome, answer.detail.startswith(NOT_SENT)) == (Outcome.LOST, True)
+    assert answer.outcome is Outcome.NOT_SENT
     assert not broker.state().connected
 
 
@@ -162,7 +162,7 @@ def test_a_batch_that_meets_a_locked_file_is_lost_and_the_broker_recovers(
     broker.start()
     with queues.file.transaction():
         broker.send(_batch("session.modified", "speaker.modified"))
-        assert _outcomes(broker) == {0: Outcome.LOST, 1: Outcome.LOST}
+        assert _outcomes(broker) == {0: Outcome.NOT_SENT, 1: Outcome.NOT_SENT}
         assert not broker.state().connected
         assert "database is locked" in broker.state().detail
         assert not broker.state().refused
@@ -180,7 +180,7 @@ def test_a_removed_file_confirms_nothing_and_its_successor_has_no_queues(
     path.unlink()
     broker.send(_batch("session.modified"))
     (answer,) = broker.answers(0)
-    assert (answer.outcome, "was removed or replaced" in answer.detail) == (Outcome.LOST, True)
+    assert (answer.outcome, "was removed or replaced" in answer.detail) == (Outcome.NOT_SENT, True)
     assert broker.answers(10) == []
     broker.send(_batch("session.modified"))
     assert _outcomes(broker) == {0: Outcome.RETURNED}
@@ -192,7 +192,7 @@ def test_a_file_that_cannot_be_used_is_refused_and_tried_again(path: Path, broke
     assert broker.state().refused
     assert "file is not a database" in broker.state().detail
     broker.send(_batch("session.modified"))
-    assert _outcomes(broker) == {0: Outcome.LOST}
+    assert _outcomes(broker) == {0: Outcome.NOT_SENT}
     path.unlink()
     assert eventually(lambda: broker.answers(0.01) == [] and broker.state().connected)
 
@@ -231,7 +231,7 @@ def test_a_stopped_broker_takes_nothing_and_stays_closed(broker: EmbeddedBroker,
     broker.stop(1.0)
     broker.stop(1.0)
     broker.send(_batch("session.modified"))
-    assert _outcomes(broker) == {0: Outcome.LOST}
+    assert _outcomes(broker) == {0: Outcome.NOT_SENT}
     assert broker.answers(0.05) == []
     assert not broker.state().connected
 

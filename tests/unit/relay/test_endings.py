@@ -8,6 +8,7 @@ from pika.adapters.utils import connection_workflow as pikas
 
 from outbox import amqp_url
 from outbox.relay import endings
+from outbox.relay.broker import Cause
 
 URL = amqp_url.parse("amqp://user:secret@broker.test/events")
 
@@ -41,10 +42,12 @@ def test_a_broker_that_shuts_down_does_not_refuse_us() -> None:
     assert "320 CONNECTION_FORCED" in ending.detail
 
 
-@pytest.mark.parametrize(("code", "refused", "message_refused"), [(404, True, False), (403, True, False), (406, False, True)])
-def test_a_closed_channel_is_the_destinations_fault_or_the_messages(code: int, refused: bool, message_refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("code", "refused", "cause"), [(404, True, Cause.CLOSED), (403, True, Cause.CLOSED), (406, False, Cause.MESSAGE)]
+)
+def test_a_closed_channel_is_the_destinations_fault_or_the_messages(code: int, refused: bool, cause: Cause) -> None:
     ending = endings.channel_closed(URL, code, "WORDS - of the broker")
-    assert (ending.refused, ending.message_refused) == (refused, message_refused)
+    assert (ending.refused, ending.cause) == (refused, cause)
     assert ending.detail.startswith(f"{code} WORDS - of the broker")
 
 

@@ -5,23 +5,23 @@ import logging
 import pytest
 
 from outbox.relay import telemetry
-from outbox.relay.broker import NOT_SENT, Outcome
+from outbox.relay.broker import Answer, Cause, Outcome
 
 
 @pytest.mark.parametrize(
-    ("outcome", "detail", "label"),
+    ("outcome", "cause", "label"),
     [
-        (Outcome.RETURNED, "312 NO_ROUTE", "returned"),
-        (Outcome.NACKED, "", "nacked"),
-        (Outcome.REFUSED, "406 PRECONDITION_FAILED", "refused"),
-        (Outcome.LOST, "the connection to amqp://host was lost: reset by peer", "lost"),
-        (Outcome.LOST, NOT_SENT + "not connected to amqp://host yet", "lost"),
-        (Outcome.LOST, "dropped the connection to amqp://host: no confirm came for 10 s", "silent"),
-        (Outcome.LOST, "dropped the connection to amqp://host: it takes no messages for 10 s", "blocked"),
+        (Outcome.RETURNED, Cause.OURS, "returned"),
+        (Outcome.NACKED, Cause.OURS, "nacked"),
+        (Outcome.REFUSED, Cause.MESSAGE, "refused"),
+        (Outcome.LOST, Cause.CLOSED, "lost"),
+        (Outcome.NOT_SENT, Cause.OURS, "lost"),
+        (Outcome.LOST, Cause.SILENCE, "silent"),
+        (Outcome.LOST, Cause.BLOCKED, "blocked"),
     ],
 )
-def test_each_failure_has_its_label(outcome: Outcome, detail: str, label: str) -> None:
-    assert telemetry.reason(outcome, detail) == label
+def test_each_failure_has_its_label(outcome: Outcome, cause: Cause, label: str) -> None:
+    assert telemetry.reason(Answer(1, outcome, cause=cause)) == label
 
 
 def test_a_change_of_state_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -27,8 +27,9 @@ def test_a_confirm_is_a_fact_whatever_the_row_waited_for(state: State) -> None:
     assert of(Outcome.CONFIRMED, row(state, 5)) is DONE
 
 
-def test_a_lost_message_goes_again_and_no_attempt_is_counted() -> None:
-    assert of(Outcome.LOST, row(attempts=2)) is AGAIN
+@pytest.mark.parametrize("outcome", [Outcome.LOST, Outcome.NOT_SENT])
+def test_a_lost_message_goes_again_and_no_attempt_is_counted(outcome: Outcome) -> None:
+    assert of(outcome, row(attempts=2)) is AGAIN
 
 
 def test_a_returned_message_waits_as_unroutable_and_says_what_to_do() -> None:
