@@ -46,6 +46,10 @@ _long = struct.Struct(">I").pack
 _long_long = struct.Struct(">Q").pack
 
 
+class FrameTooLarge(ValueError):
+    """A frame can't be sent on this connection; the text quotes nothing of the message."""
+
+
 class PublishEncoder:
     """Encodes messages for one channel of one connection: mandatory, persistent, all to one exchange."""
 
@@ -55,13 +59,14 @@ class PublishEncoder:
         self._exchange = _short(exchange)
         self._app_id = _short(app_id)
         self._content_type = _short(CONTENT_TYPE)
-        self._body_max = frame_max - FRAME_OVERHEAD if frame_max else 0
+        self._payload_max = frame_max - FRAME_OVERHEAD if frame_max else 0
         self._topics: dict[str, tuple[bytes, bytes]] = {}
 
     def encode(self, message: Message, message_id: str) -> bytes:
         """Return all frames of *message*, whose id is *message_id* as text.
 
-        Raises whatever a value that AMQP can't carry makes struct and str raise; no part of the message is out then.
+        Raises FrameTooLarge for headers that no frame of this connection holds, and whatever a value that AMQP can't carry
+        makes struct and str raise; no part of the message is out then.
         """
         method, topic = self._topics.get(message.topic) or self._remember(message.topic)
         body = cloud_event(message)
@@ -86,12 +91,14 @@ class PublishEncoder:
                 self._app_id,
             )
         )
+        if self._payload_max and len(header) > self._payload_max:  # a header frame can't be split; the broker would hang up
+            raise FrameTooLarge(f"its headers take {len(header)} bytes, the broker's frame_max allows {self._payload_max}")
         pieces = [method, _frame_head(_HEADER, self._channel, len(header)), header, _END]
-        if self._body_max == 0 or len(body) <= self._body_max:
+        if self._payload_max == 0 or len(body) <= self._payload_max:
             pieces += (_frame_head(_BODY, self._channel, len(body)), body, _END)
         else:
-            for start in range(0, len(body), self._body_max):
-                part = body[start : start + self._body_max]
+            for start in range(0, len(body), self._payload_max):
+                part = body[start : start + self._payload_max]
                 pieces += (_frame_head(_BODY, self._channel, len(part)), part, _END)
         return b"".join(pieces)
 

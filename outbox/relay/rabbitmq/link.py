@@ -22,7 +22,7 @@ from outbox.relay import endings
 from outbox.relay.broker import Answer, Cause, Outcome
 from outbox.relay.confirms import Confirms, Flight, Unexpected
 from outbox.relay.endings import Ending
-from outbox.relay.frames import PublishEncoder
+from outbox.relay.frames import FrameTooLarge, PublishEncoder
 from outbox.relay.rabbitmq.connection import CHANNEL, Connection
 
 if TYPE_CHECKING:
@@ -246,10 +246,12 @@ class Link:
     def _encoded(self, outgoing: Outgoing, message_id: str) -> bytes | None:
         try:
             return self._encoder.encode(outgoing.message, message_id)
+        except FrameTooLarge as error:
+            problem = str(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this message's fault alone, and no byte is out
-            # Not the error's text: that may quote what it choked on.
-            self._owner.answered([Answer(outgoing.token, Outcome.REFUSED, f"AMQP can't carry it: {type(error).__name__}")])
-            return None
+            problem = type(error).__name__  # not the error's text: that may quote what it choked on
+        self._owner.answered([Answer(outgoing.token, Outcome.REFUSED, f"AMQP can't carry it: {problem}")])
+        return None
 
     def _on_confirm(self, frame: Any) -> None:
         if self._end is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import ssl
 from contextlib import ExitStack, contextmanager
@@ -141,6 +142,17 @@ def test_a_message_that_cannot_be_encoded_is_refused_and_the_others_go_on() -> N
         assert outcomes(answers) == {1: Outcome.CONFIRMED, 2: Outcome.REFUSED, 3: Outcome.CONFIRMED}
         assert answers[2].detail.startswith("AMQP can't carry it")
         assert len(server.session(1).publishes) == 2
+
+
+def test_headers_that_no_frame_holds_are_refused_before_the_first_byte_and_the_connection_stays() -> None:
+    with ScriptedAmqp(acknowledge) as server, relay_on(server) as broker:  # frame_max is 4096
+        wide = message(headers={f"x{n:03}": "v" * 200 for n in range(30)})
+        broker.send([Outgoing(1, message()), Outgoing(2, wide), Outgoing(3, message())])
+        answers = answered(broker, 3)
+        assert outcomes(answers) == {1: Outcome.CONFIRMED, 2: Outcome.REFUSED, 3: Outcome.CONFIRMED}
+        assert re.search(r"its headers take 6\d\d\d bytes, the broker's frame_max allows 4088", answers[2].detail)
+        assert len(server.session(1).publishes) == 2
+        assert not server.session(1).ended.is_set()
 
 
 def test_the_first_message_of_a_connection_goes_alone() -> None:
