@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -44,7 +45,7 @@ class Stage:
         command = [str(Path(sys.executable).parent / "outbox"), *arguments]
         return subprocess.Popen(command, cwd=CHECKOUT, env=self.environ, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
-    def engine(self, **options: int) -> sa.Engine:
+    def engine(self, **options: Any) -> sa.Engine:
         return database.create_engine(self.database_url, **options)
 
 

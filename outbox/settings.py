@@ -22,6 +22,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from outbox import amqp_url, duration
+from outbox.database import dialects
 from outbox.errors import ConfigurationError, InvalidMessage
 from outbox.logs import say
 from outbox.message import check_name
@@ -120,6 +121,10 @@ def _database_url(value: object) -> str:
         raise ValueError("MySQL and MariaDB are not supported yet; use postgresql+psycopg:// or sqlite:///")
     if family not in ("postgresql", "sqlite"):
         raise ValueError(f"{family} is not supported; use postgresql+psycopg:// or sqlite:///")
+    try:
+        dialects.of_url(url)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from error
     if family == "sqlite" and url.database in (None, "", ":memory:"):
         raise ValueError("a database in memory is seen by one process only; name a file: sqlite:///instance/name.db")
     return text

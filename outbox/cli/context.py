@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from outbox.capture import Capture
     from outbox.settings import Settings
 
-#: Long enough for a busy server, short enough for a person: a firewall that swallows packets would otherwise cost minutes.
-_CONNECT_SECONDS = 10
 #: No statement of the relay or of a commit holds a lock for so long.
 _LOCK_SECONDS = 10
 
@@ -107,10 +105,7 @@ class Context:
 
         if self.app_engine is not None:
             return self.app_engine
-        options: dict[str, Any] = {}
-        if self.place.url.get_backend_name() in ("postgresql", "mysql", "mariadb"):
-            options["connect_args"] = {"connect_timeout": _CONNECT_SECONDS}
-        return database.create_engine(str(self.settings.database_url), **options)
+        return database.create_engine(str(self.settings.database_url), role=database.Role.COMMAND)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

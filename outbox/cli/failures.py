@@ -16,10 +16,6 @@ if TYPE_CHECKING:
 THRESHOLD = 3
 TRY_LATER = 75
 
-#: A server that says one of these is up; waiting would not help.
-_REFUSALS = ("password authentication failed", "does not exist", "no pg_hba.conf entry", "access denied", "unable to open")
-
-
 #: Who keeps others waiting in PostgreSQL.
 _BLOCKERS = (
     "SELECT pid, state, query FROM pg_stat_activity WHERE pid IN (SELECT unnest(pg_blocking_pids(pid)) FROM pg_stat_activity)"
@@ -64,18 +60,25 @@ def _failure(error: OutboxError) -> Failure:
 
 def database_failure(where: str, error: SQLAlchemyError, check: str = "outbox doctor") -> OutboxError:
     """Return what *error* means to an operator; *where* names the setting and its masked URL, *check* a command to look."""
-    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+    from outbox.database import Meaning, first_line, meaning
 
-    said = str(error.orig) if isinstance(error, DBAPIError) and error.orig is not None else str(error)
-    text = " ".join(said.strip().splitlines()[0].split()) if said.strip() else type(error).__name__
-    if any(refusal in said.lower() for refusal in _REFUSALS):
-        return ConfigurationError(f"{where}: {text}; correct it, then: {check}")
-    if "file is not a database" in said:
-        return ConfigurationError(f"{where}: {text}; name another file, or move this one away and make the tables anew")
-    if "lock timeout" in said:
-        return Unavailable(f"{where}: {text}; another session has locked the tables: {_BLOCKERS}")
-    if "locked" in said:
-        return Unavailable(f"{where}: {text}; another process is writing for a long time, try again")
-    if isinstance(error, (OperationalError, InterfaceError)):
-        return Unavailable(f"{where}: {text}; start the database or correct the URL, then: {check}")
-    return OutboxError(f"{where}: {text}")
+    text = " ".join(first_line(error).split())
+    match meaning(error):
+        case Meaning.REFUSED if "file is not a database" in text:
+            return ConfigurationError(f"{where}: {text}; name another file, or move this one away and make the tables anew")
+        case Meaning.REFUSED:
+            return ConfigurationError(f"{where}: {text}; correct it, then: {check}")
+        case Meaning.BUSY if "lock timeout" in text:
+            return Unavailable(f"{where}: {text}; another session has locked the tables: {_BLOCKERS}")
+        case Meaning.BUSY:
+            return Unavailable(f"{where}: {text}; another process is writing for a long time, try again")
+        case Meaning.CONFLICT:
+            return Unavailable(f"{where}: {text}; another transaction came between, try again")
+        case Meaning.READ_ONLY:
+            return Unavailable(f"{where}: {text}; name the server that takes writes, or wait for this one, then: {check}")
+        case Meaning.AWAY:
+            return Unavailable(f"{where}: {text}; start the database or correct the URL, then: {check}")
+        case Meaning.FORBIDDEN:
+            return OutboxError(f"{where}: {text}; grant it to the user of the URL, then: {check}")
+        case _:
+            return OutboxError(f"{where}: {text}")

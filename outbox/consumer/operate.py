@@ -39,11 +39,12 @@ def open_engine(service: Service, settings: Settings) -> Engine:
     settings.require("CONSUMER_DATABASE_URL")
     url = str(settings.consumer_database_url).replace("{service}", service.name)
     if sa.make_url(url).get_backend_name() == "sqlite":
-        return database.create_engine(url)
+        return database.create_engine(url, role=database.Role.SERVICE)
     # A connection for each worker, the redriver, upkeep, background work, and one to spare. Not asked whether it is alive each
     # time it is taken, which would be a sixth of a small transaction: one that fails is made again, and the work with it.
     spare = 3 + len(service.backgrounds)
-    return database.create_engine(url, pool_size=settings.consumer_workers + spare, pool_pre_ping=False)
+    size = settings.consumer_workers + spare
+    return database.create_engine(url, role=database.Role.SERVICE, pool_size=size, pool_pre_ping=False)
 
 
 # --- tables --------------------------------------------------------------------------------------------------------------

@@ -77,13 +77,10 @@ def run(settings: Settings, *, once: bool = False, drain: bool = False) -> int:
 def open_database(url: str) -> Engine:
     """Return the relay's engine: few connections, kept open, which notice a server that vanished."""
     if not url.startswith("postgresql"):
-        return database.create_engine(url)
-    arguments: dict[str, object] = {"application_name": "outbox relay", "connect_timeout": 5, "tcp_user_timeout": 15_000}
-    if "psycopg2" not in url:
-        # No prepared statements: a generic plan would not see how many ids a read leaves out, and poolers lose them.
-        arguments["prepare_threshold"] = None
-    # No ping before each use: the relay retries everything, and a ping would double the round trips.
-    return database.create_engine(url, connect_args=arguments, isolation_level="READ COMMITTED", pool_pre_ping=False)
+        return database.create_engine(url, role=database.Role.RELAY)
+    # No ping before each use: the relay retries everything, and a ping would double the round trips. It needs no prepared
+    # statements either: a generic plan would not see how many ids a read leaves out.
+    return database.create_engine(url, role=database.Role.RELAY, isolation_level="READ COMMITTED", pool_pre_ping=False)
 
 
 class Relay:

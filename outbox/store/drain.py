@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-from outbox import failpoints
+from outbox import database, failpoints
 from outbox.errors import InvalidMessage
 from outbox.message import Message
 from outbox.store.clock import clock, now
@@ -404,5 +404,4 @@ def is_trouble(error: Exception) -> bool:
 
 def describe(error: BaseException, limit: int = 300) -> str:
     """Return the first line of what the driver said; parameters (hence payloads) are never in it."""
-    text = str(getattr(error, "orig", None) or error).strip()
-    return (text.splitlines() or [type(error).__name__])[0][:limit]
+    return database.first_line(error, limit)

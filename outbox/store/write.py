@@ -22,6 +22,7 @@ from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import StatementError
 
 from outbox import tables
+from outbox.database.errors import Meaning, meaning
 from outbox.errors import CaptureError, InvalidMessage, SchemaError
 from outbox.message import Message
 from outbox.tables import SHARDS
@@ -119,11 +120,7 @@ def _named_errors(connection: Connection) -> Iterator[None]:
         yield
     except StatementError as error:
         error.hide_parameters = True  # they are payloads, which have no business in a log
-        text = str(error.orig)
-        missing = (
-            getattr(error.orig, "sqlstate", None) in ("42P01", "42703") or "no such table" in text or "has no column" in text
-        )
-        if missing and "outbox_" in text:
+        if meaning(error) is Meaning.UNMIGRATED and "outbox_" in str(error.orig):
             # Often they are in another one: Flask-SQLAlchemy takes sqlite:///shop.db from the app's instance folder.
             where = connection.engine.url.set(query={}).render_as_string()
             raise SchemaError(

@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from werkzeug.exceptions import HTTPException
 
 from outbox import InvalidMessage, SchemaError
+from outbox.database import Meaning, meaning
 from outbox.logs import say
 from publisher import database, migrations
 from publisher.conference.errors import Fault, IllegalMove, Invalid
@@ -106,15 +107,10 @@ def _of_database(error: DBAPIError) -> Response:
     except DBAPIError:
         pass
     else:
-        if not _is_passing(error):
+        said = meaning(error)
+        if not said.is_passing and said is not Meaning.CANCELLED:
             raise error
         detail = "the database was busy with others for too long"
     # The statement's parameters are hidden by the engine: no payload gets into the log.
     say(log, logging.ERROR, "database.failed", f"{detail}: {type(error.orig).__name__}")
     return _of_problem(Problem(503, "unavailable", detail))
-
-
-def _is_passing(error: DBAPIError) -> bool:
-    """Say whether the same request can succeed a moment later: a lost connection, a lock, a deadlock."""
-    state = getattr(error.orig, "sqlstate", None) or ""
-    return error.connection_invalidated or state.startswith(("40", "55", "57")) or "locked" in str(error.orig)

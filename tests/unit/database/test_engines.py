@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -151,11 +152,14 @@ def test_parameters_are_in_no_error(sqlite_url: str) -> None:
     ("url", "fix"),
     [
         ("mysql+mysqldb://u:hunter2@host/db", "pip install 'outbox[mysql]'"),
-        ("postgresql+pg8000://u:hunter2@host/db", "pip install 'outbox[postgres]'"),
-        ("postgresql+nosuch://u:hunter2@host/db", "pip install 'outbox[postgres]'"),
+        ("postgresql+psycopg://u:hunter2@host/db", "pip install 'outbox[postgres]'"),
     ],
 )
-def test_a_driver_that_is_not_installed_is_named_with_what_to_install(url: str, fix: str) -> None:
+def test_a_driver_that_is_not_installed_is_named_with_what_to_install(
+    url: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for driver in ("MySQLdb", "psycopg"):
+        monkeypatch.setitem(sys.modules, driver, None)
     with pytest.raises(ConfigurationError) as refused:
         database.create_engine(url)
     assert str(refused.value).startswith(url.partition("://")[0] + "://…: its driver is not installed")
@@ -166,3 +170,84 @@ def test_a_driver_that_is_not_installed_is_named_with_what_to_install(url: str, 
 def test_an_asynchronous_driver_is_refused_with_one_that_works() -> None:
     with pytest.raises(ConfigurationError, match=r"^sqlite\+aiosqlite://…: its driver is asynchronous, .*; use postgresql"):
         database.create_engine("sqlite+aiosqlite:///x.db")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "postgresql+pg8000",
+            "this driver is not supported (supported: psycopg, psycopg2), what it stores would be a guess",
+        ),
+        ("postgresql+nosuch", "this driver is not supported"),
+        ("sqlite+nosuch", "this driver is not supported (supported: pysqlite, pysqlcipher)"),
+        ("oracle", "oracle: this database is not supported; use postgresql+psycopg:// or sqlite:///"),
+    ],
+)
+def test_a_driver_that_nobody_tried_is_refused_with_one_that_works(name: str, text: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        database.create_engine(f"{name}://u:hunter2@host/db")
+    assert text in str(refused.value)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_an_application_s_own_engine_with_a_driver_that_nobody_tried_is_refused() -> None:
+    engine = sa.create_engine("postgresql+psycopg://")
+    engine.dialect.driver = "homemade"
+    with pytest.raises(ConfigurationError, match=r"^postgresql\+homemade://…: this driver is not supported"):
+        database.prepare(engine)
+
+
+# --- what a connection to PostgreSQL is told ------------------------------------------------------------------------------
+
+
+def arguments(url: str, **options: Any) -> dict[str, Any]:
+    """What the driver would be given for *url*."""
+    given: list[dict[str, Any]] = []
+    engine = database.create_engine(url, **options)
+
+    @event.listens_for(engine, "do_connect")
+    def refuse(_dialect: object, _record: object, _args: object, parameters: dict[str, Any]) -> None:
+        given.append(parameters)
+        raise ConnectionRefusedError
+
+    with pytest.raises(ConnectionRefusedError):
+        engine.connect()
+    return given[0]
+
+
+DRIVERS = ["psycopg", "psycopg2"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("role", database.Role)
+def test_whoever_connects_notices_within_seconds_that_the_other_end_is_gone(driver: str, role: database.Role) -> None:
+    told = arguments(f"postgresql+{driver}://u@host/db", role=role)
+    assert (told["connect_timeout"], told["tcp_user_timeout"]) == (10, 15_000)
+    assert (told["keepalives"], told["keepalives_idle"], told["keepalives_interval"], told["keepalives_count"]) == (1, 5, 5, 3)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_what_the_url_says_of_a_connection_wins(driver: str) -> None:
+    told = arguments(f"postgresql+{driver}://u@host/db?keepalives_idle=60&connect_timeout=2&application_name=shop")
+    assert (told["keepalives_idle"], told["connect_timeout"], told["application_name"]) == ("60", "2", "shop")
+    assert told["keepalives_count"] == 3
+
+
+def test_what_the_caller_says_of_a_connection_wins() -> None:
+    told = arguments("postgresql+psycopg://u@host/db", connect_args={"connect_timeout": 1, "prepare_threshold": 7})
+    assert (told["connect_timeout"], told["prepare_threshold"]) == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("query", "threshold"),
+    [("", None), ("?prepare_threshold=none", None), ("?prepare_threshold=0", 0), ("?prepare_threshold=9", 9)],
+)
+def test_no_statement_is_prepared_unless_the_url_asks_for_it(query: str, threshold: int | None) -> None:
+    assert arguments(f"postgresql+psycopg://u@host/db{query}")["prepare_threshold"] == threshold
+    assert "prepare_threshold" not in arguments(f"postgresql+psycopg2://u@host/db{query}")  # which never prepares
+
+
+def test_a_threshold_that_is_no_number_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"^prepare_threshold=often: it must be a number of executions, or none"):
+        database.create_engine("postgresql+psycopg://u@host/db?prepare_threshold=often")
