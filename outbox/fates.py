@@ -10,16 +10,20 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import event
-from sqlalchemy.engine import Connection, NestedTransaction
+from sqlalchemy.engine import Connection, Engine, NestedTransaction
 
 from outbox import metrics
 from outbox.logs import say
 from outbox.message import Message
 from outbox.store.write import Held
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.pool import ConnectionPoolEntry
 
 log = logging.getLogger(__name__)
 
@@ -125,44 +129,105 @@ def savepoints(connection: Connection) -> list[NestedTransaction]:
     return found
 
 
+@dataclass(slots=True, eq=False)
+class Followed:
+    """A message that was written at once on a connection."""
+
+    sent: Sent
+    #: The names of the savepoints it is in.
+    inside: frozenset[str]
+    #: The session that sent it has committed. If the owner of the connection does not, nobody has forgotten it.
+    let_go: bool = False
+
+
 class _Trail:
     """What was written at once on a connection that others commit and roll back."""
 
     def __init__(self, connection: Connection) -> None:
-        self._entries: list[tuple[Sent, frozenset[str]]] = []
+        self._open: list[Followed] = []
+        #: The COMMIT is on its way, and no event tells that it came back; the next thing that happens on the connection does.
+        self._committing: list[Followed] = []
         for name in ("commit", "commit_twophase"):
             event.listen(connection, name, self._commit)
+        for name in ("begin", "begin_twophase"):
+            event.listen(connection, name, self.has_committed)
         for name in ("rollback", "rollback_twophase"):
             event.listen(connection, name, self._roll_back)
         event.listen(connection, "rollback_savepoint", self._roll_back_savepoint)
 
-    def add(self, connection: Connection, sent: Sent) -> None:
-        self._entries.append((sent, frozenset(savepoint._savepoint for savepoint in savepoints(connection))))
+    def add(self, connection: Connection, sent: Sent) -> Followed:
+        followed = Followed(sent, frozenset(savepoint._savepoint for savepoint in savepoints(connection)))
+        self._open.append(followed)
+        return followed
 
     def pending(self) -> Iterable[Sent]:
-        return [sent for sent, _ in self._entries]
+        return [each.sent for each in self._open if not each.let_go]
 
     def _commit(self, *_: object) -> None:
-        entries, self._entries = self._entries, []
-        committed(sent for sent, _ in entries)
+        self._committing, self._open = self._open, []
+
+    def has_committed(self, *_: object) -> None:
+        """The COMMIT before, if there was one, did not fail."""
+        done, self._committing = self._committing, []
+        committed(each.sent for each in done)
+
+    def has_failed(self, connection: Connection) -> None:
+        """The COMMIT that is on its way failed."""
+        lost, self._committing = self._committing, []
+        rolled_back(each.sent for each in lost)
+        if lost and connection.dialect.name == "sqlite":
+            # There the transaction goes on, and SQLAlchemy thinks it over: what comes next on the connection would commit it.
+            connection.connection.rollback()
 
     def _roll_back(self, *_: object) -> None:
-        entries, self._entries = self._entries, []
-        rolled_back(sent for sent, _ in entries)
+        self.has_committed()
+        lost, self._open = self._open, []
+        rolled_back(each.sent for each in lost)
 
     def _roll_back_savepoint(self, _connection: object, name: str, _context: object) -> None:
-        rolled_back(sent for sent, inside in self._entries if name in inside)
-        self._entries = [(sent, inside) for sent, inside in self._entries if name not in inside]
+        rolled_back(each.sent for each in self._open if name in each.inside)
+        self._open = [each for each in self._open if name not in each.inside]
 
 
 _trails: WeakKeyDictionary[Connection, _Trail] = WeakKeyDictionary()
+#: In `connection.info`: a weak reference to its trail, for the event of the pool, which knows no other connection.
+_TRAIL = "outbox_trail"
+_watched: WeakSet[Engine] = WeakSet()
 
 
-def follow(connection: Connection, sent: Sent) -> None:
+def follow(connection: Connection, sent: Sent) -> Followed:
     """*sent* was written on *connection*: it commits or goes with its transaction, or with one of its open savepoints."""
     trail = _trails.get(connection)
     if trail is None:
         trail = _trails[connection] = _Trail(connection)
-    trail.add(connection, sent)
+        connection.info[_TRAIL] = ref(trail)
+        _watch(connection.engine)
     if sent.context is not None:
         sent.context.watch(trail)
+    return trail.add(connection, sent)
+
+
+def let_go(batch: Iterable[Followed]) -> None:
+    """The session that sent *batch* has committed: it is the end of whoever gave it its connection that decides."""
+    for followed in batch:
+        followed.let_go = True
+
+
+def _watch(engine: Engine) -> None:
+    if engine not in _watched:
+        event.listen(engine, "handle_error", _on_error)
+        event.listen(engine, "checkin", _on_checkin)
+        _watched.add(engine)
+
+
+def _on_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    if connection is not None and connection in _trails:
+        _trails[connection].has_failed(connection)
+
+
+def _on_checkin(_connection: object, record: ConnectionPoolEntry) -> None:
+    weak: ref[_Trail] | None = record.info.pop(_TRAIL, None)
+    trail = None if weak is None else weak()
+    if trail is not None:
+        trail.has_committed()

@@ -21,6 +21,7 @@ __all__ = [
     "begin_now",
     "begins_early",
     "create_engine",
+    "in_transaction",
     "is_prepared",
     "prepare",
     "reading",
@@ -114,6 +115,24 @@ def begin_now(connection: Connection) -> bool:
         return False
     connection.exec_driver_sql("BEGIN IMMEDIATE")
     return True
+
+
+def in_transaction(connection: Connection) -> bool | None:
+    """Say whether the driver of *connection* is in a transaction; None: it does not tell. No server is asked."""
+    if connection.closed or connection.invalidated:
+        return None
+    driver: Any = connection.connection.driver_connection
+    info = getattr(driver, "info", None)
+    if info is not None:  # psycopg and psycopg2, in libpq's numbers
+        return _LIBPQ.get(int(info.transaction_status))
+    if hasattr(driver, "is_in_transaction"):
+        return bool(driver.is_in_transaction())  # asyncpg
+    found = getattr(driver, "in_transaction", None)  # sqlite3 and aiosqlite
+    return found if isinstance(found, bool) else None
+
+
+#: Idle, in a transaction, in one that failed.
+_LIBPQ = {0: False, 2: True, 3: True}
 
 
 def is_prepared(engine: Engine) -> bool:

@@ -12,7 +12,10 @@ from tests.architecture.source import Module, is_in, modules
 from tests.kit.processes import ROOT, environment
 
 #: The modules in which a signal becomes rows.
-CAPTURE = ("outbox.extension", "outbox.capture", "outbox.fates", "outbox.holding", "outbox.sessions", "outbox.store.write")
+CAPTURE = (
+    "outbox.extension", "outbox.capture", "outbox.fates", "outbox.work", "outbox.beneath", "outbox.holding", "outbox.sessions",
+    "outbox.store.write",
+)  # fmt: skip
 RELAY = ("outbox.relay", "outbox.store.drain", "outbox.store.leases")
 CONSUMER = ("outbox.consumer",)
 COMMANDS = ("outbox.cli",)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import sqlalchemy as sa
+from flask import Flask
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -15,6 +16,8 @@ from tests.integration.capture.conftest import Talk, World, counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from sqlalchemy.engine import Connection
 
     from outbox import Message
 
@@ -156,3 +159,53 @@ def test_a_session_that_an_error_closes_was_not_forgotten(world: World, caplog: 
     world.send()
     session.rollback()
     assert caplog.records == []
+
+
+def test_a_joined_session_that_committed_has_forgotten_nothing_whatever_the_connection_does(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The recipe of SQLAlchemy's documentation for tests: the outermost transaction is rolled back after each."""
+    app = Flask("tested")
+    world.outbox.init_app(app)
+    with world.engine.connect() as connection:
+        outer = connection.begin()
+        session = Session(connection, join_transaction_mode="create_savepoint")
+        with world.outbox.record() as messages:
+            for end in (session.commit, lambda: None):
+                with app.app_context():
+                    session.add(Talk(title=f"number {len(messages)}"))
+                    session.flush()
+                    with session.begin_nested():
+                        world.outbox.send("a.b", 1, session=session)
+                    end()
+        assert len(messages) == 2
+        session.close()
+        outer.rollback()
+    assert messages == []
+    (warning,) = caplog.messages
+    assert "neither committed nor rolled back" in warning
+    assert "outbox.send() as 'a.b' (1)" in warning
+
+
+def test_what_fails_to_commit_on_a_connection_is_neither_counted_nor_recorded(world: World) -> None:
+    topic = "counted.failed"
+    before = counted("outbox_captured_total", topic)
+    with world.outbox.record() as messages, world.engine.connect() as connection:
+        connection.begin()
+        fail_at_commit(connection)
+        world.outbox.send(topic, 1, session=connection)
+        with pytest.raises(IntegrityError):
+            connection.commit()
+        connection.rollback()
+        assert messages == []
+        with connection.begin():
+            world.outbox.send(topic, 2, session=connection)
+    assert bodies(messages) == [b"2"]
+    assert counted("outbox_captured_total", topic) == before + 1
+
+
+def fail_at_commit(connection: Connection) -> None:
+    """Violate a constraint that is only looked at by the COMMIT."""
+    connection.execute(sa.text("CREATE TABLE a (n INTEGER PRIMARY KEY)"))
+    connection.execute(sa.text("CREATE TABLE b (n INTEGER REFERENCES a (n) DEFERRABLE INITIALLY DEFERRED)"))
+    connection.execute(sa.text("INSERT INTO b VALUES (1)"))

@@ -9,12 +9,15 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session
 
-from outbox import CaptureError, ConfigurationError, InvalidMessage, Outbox, OutboxError, database
+from outbox import CaptureError, ConfigurationError, InvalidMessage, Outbox, OutboxError, database, migrations
 from outbox.database import create_engine
-from tests.integration.capture.conftest import Talk, World
+from tests.integration.capture.conftest import Base, Talk, World
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from sqlalchemy.engine import Engine
 
 
 def test_without_a_transaction_it_is_refused(world: World) -> None:
@@ -112,22 +115,74 @@ def test_autocommit_is_refused(world: World) -> None:
         world.outbox.send("a.b", 1, session=connection)
 
 
-def test_a_second_database_in_the_transaction_is_refused(world: World, tmp_path: Path) -> None:
-    other = create_engine(f"sqlite:///{tmp_path}/other.db")
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Engine]:
+    """A second database with the tables of the application and of the outbox."""
+    engine = create_engine(f"sqlite:///{tmp_path}/other.db")
+    migrations.upgrade(engine)
+    Base.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+def test_a_write_to_a_second_database_in_the_transaction_is_refused(world: World, other: Engine) -> None:
+    elsewhere = {"bind_arguments": {"bind": other}}
     session = world.begin()
     session.execute(sa.text("SELECT 1"))
-    session.connection(bind_arguments={"bind": other})
-    with pytest.raises(CaptureError, match="second database"):
+    session.execute(sa.insert(Talk).values(title="there"), **elsewhere)
+    with pytest.raises(
+        CaptureError, match=r"second database: it wrote to .*other\.db, and the outbox tables are in .*Outbox\(eng"
+    ):
         world.send()
     session.rollback()
     session.begin()
     world.send()
-    session.connection(bind_arguments={"bind": other})
+    session.execute(sa.insert(Talk).values(title="there"), **elsewhere)
     with pytest.raises(CaptureError, match="second database"):
         session.commit()
     session.rollback()
     assert world.rows() == []
-    other.dispose()
+
+
+def test_a_database_that_was_only_read_is_no_second_one(world: World, other: Engine) -> None:
+    """Reads of a replica, writes on the primary."""
+    elsewhere = {"bind_arguments": {"bind": other}}
+    session = world.begin()
+    assert session.scalars(sa.select(Talk), **elsewhere).all() == []
+    session.execute(sa.text("/* a hint */ WITH one AS (SELECT 1) SELECT * FROM one"), **elsewhere)
+    session.add(Talk(title="here"))
+    session.flush()
+    world.send(n=1)
+    session.scalars(sa.select(Talk), **elsewhere).all()
+    session.commit()
+    assert world.numbers() == [1]
+
+
+class RoutingSession(Session):
+    """The recipe of SQLAlchemy's documentation: reads go to a replica, writes to the primary."""
+
+    primary: Engine
+    replica: Engine
+
+    def get_bind(self, mapper: Any = None, *, clause: Any = None, **_: Any) -> Engine:
+        writes = self._flushing or isinstance(clause, (sa.Update, sa.Delete, sa.Insert))
+        return self.primary if writes else self.replica
+
+
+def test_a_session_that_reads_from_a_replica_sends_with_the_engine_of_the_outbox(world: World, other: Engine) -> None:
+    RoutingSession.primary, RoutingSession.replica = world.engine, other
+    outbox = Outbox(source="/tests", engine=world.engine)
+    with RoutingSession() as session:
+        assert session.scalars(sa.select(Talk)).all() == []
+        session.add(Talk(title="one"))
+        session.flush()
+        outbox.send("a.b", {"n": 1}, session=session)
+        session.commit()
+        session.add(Talk(title="two"))
+        session.flush()
+        with pytest.raises(CaptureError, match=r"second database: it wrote to .*Outbox\(engine=…\)"):
+            Outbox(source="/tests").send("a.b", {"n": 2}, session=session)
+    assert world.numbers() == [1]
 
 
 def test_a_sqlite_engine_without_begin_is_refused_in_a_savepoint(world: World, tmp_path: Path) -> None:

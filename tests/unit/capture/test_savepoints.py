@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session, SessionTransaction
 
 from outbox.database import prepare
 from outbox.fates import savepoints
@@ -18,6 +21,22 @@ def test_the_open_savepoints_of_a_connection_are_known_innermost_first() -> None
         assert len({inner._savepoint, outer._savepoint}) == 2
         inner.rollback()
         assert savepoints(connection) == [outer]
+
+
+def test_who_opened_the_connection_of_a_session_is_known() -> None:
+    engine = sa.create_engine("sqlite://")
+    seen = []
+
+    def after_begin(_session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+        *_, opened_by_session = transaction._connections[connection]
+        seen.append(opened_by_session)
+
+    with engine.connect() as connection:
+        for session in (Session(engine), Session(connection), Session(binds={sa.Table("t", sa.MetaData()): connection})):
+            event.listen(session, "after_begin", after_begin)
+            session.connection(bind_arguments={"bind": session.bind or connection})
+            session.close()
+    assert seen == [True, False, False]
 
 
 def test_the_isolation_level_that_an_engine_was_made_with_is_known() -> None:

@@ -1,0 +1,248 @@
+"""What happens beneath a session that holds messages: other sessions on its connection, and transactions ended past it.
+
+Each is right, a message beside its rows, or refused by name. Nothing in between.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import StaticPool
+
+from outbox import CaptureError, Outbox, migrations, tables
+from outbox.database import create_engine
+from tests.integration.capture.conftest import Base, Talk, World
+from tests.integration.capture.test_sessions import in_asyncio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.engine import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+COMMANDS = [
+    "COMMIT",
+    "commit work;",
+    "END",
+    "ROLLBACK",
+    "/* a comment */ COMMIT",
+    "-- a comment\n  ROLLBACK",
+    "SELECT 1; COMMIT",
+    "COMMIT; BEGIN",
+]
+
+
+def talks(world: World) -> int:
+    with world.engine.connect() as connection:
+        return connection.scalar(sa.select(sa.func.count()).select_from(Talk)) or 0
+
+
+def begin_with_a_talk(world: World) -> Session:
+    session = world.begin()
+    session.add(Talk(title="beside it"))
+    session.flush()
+    return session
+
+
+# --- other sessions on the connection -----------------------------------------------------------------------------------
+
+
+def helper_that_is_bound(connection: Connection) -> Session:
+    return Session(connection)
+
+
+def helper_that_binds_classes(connection: Connection) -> Session:
+    return Session(binds={Talk: connection})
+
+
+def helper_with_savepoints(connection: Connection) -> Session:
+    return sessionmaker(connection, join_transaction_mode="create_savepoint")()
+
+
+HELPERS: list[Callable[[Connection], Session]] = [helper_that_is_bound, helper_that_binds_classes, helper_with_savepoints]
+
+
+@pytest.mark.parametrize("make", HELPERS)
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "open"])
+def test_a_helper_session_does_not_make_the_connection_forget_who_holds_messages(
+    world: World, make: Callable[[Connection], Session], closed: bool
+) -> None:
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    for helper in [make(session.connection()) for _ in range(2)]:
+        helper.scalars(sa.select(Talk)).all()
+        if closed:
+            helper.close()
+    with pytest.raises(CaptureError, match=r"signal 'talks_modified' sent; call session.commit\(\)"):
+        session.connection().commit()
+    session.rollback()
+    assert (talks(world), world.rows()) == (0, [])
+
+
+@pytest.mark.parametrize("make", HELPERS)
+def test_after_a_helper_session_the_connection_still_stands_for_its_session(
+    world: World, make: Callable[[Connection], Session]
+) -> None:
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    with make(session.connection()) as helper:
+        helper.scalars(sa.select(Talk)).all()
+    world.outbox.send("a.b", {"n": 2}, key="event:1", session=session.connection())
+    session.commit()
+    assert (talks(world), world.numbers(), [row.sequence for row in world.rows()]) == (1, [1, 2], [1, 2])
+
+
+@pytest.mark.filterwarnings("ignore:transaction already deassociated")  # the refusal has rolled it back
+@pytest.mark.parametrize("make", HELPERS)
+def test_a_helper_session_does_not_overtake_the_session_whose_connection_it_uses(
+    world: World, make: Callable[[Connection], Session]
+) -> None:
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    helper = make(session.connection())
+    helper.scalars(sa.select(Talk)).all()
+    world.outbox.send("a.b", {"n": 2}, key="event:2", session=helper)
+    with pytest.raises(CaptureError, match="an earlier message of key 'event:1' waits for the commit of its session"):
+        world.outbox.send("a.b", {"n": 3}, key="event:1", session=helper)
+    session.rollback()
+    assert (talks(world), world.rows()) == (0, [])
+
+
+@pytest.mark.parametrize("make", HELPERS)
+@pytest.mark.parametrize("end", ["commit", "rollback", "close"])
+@pytest.mark.parametrize("outer", ["commit", "rollback"])
+def test_what_a_helper_session_sends_is_where_its_rows_are(
+    world: World, make: Callable[[Connection], Session], end: str, outer: str
+) -> None:
+    with world.engine.connect() as connection:
+        connection.begin()
+        helper = make(connection)
+        helper.add(Talk(title="the helper's"))
+        helper.flush()
+        world.outbox.send("a.b", {"n": 1}, key="k", session=helper)
+        getattr(helper, end)()
+        helper.close()
+        if connection.in_transaction():
+            getattr(connection, outer)()
+    assert len(world.rows()) == talks(world)
+
+
+def test_sessions_that_share_the_connection_of_a_database_in_memory_do_not_commit_for_each_other() -> None:
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    migrations.upgrade(engine)
+    Base.metadata.create_all(engine)
+    outbox = Outbox(source="/tests", engine=engine)
+    with Session(engine) as first, Session(engine) as second:
+        first.add(Talk(title="one"))
+        first.flush()
+        outbox.send("a.b", 1, session=first)
+        second.add(Talk(title="two"))
+        with pytest.raises(CaptureError, match=r"outbox\.send\(\) sent; call session\.commit\(\)"):
+            second.commit()
+        second.rollback()
+    with Session(engine) as session:
+        assert session.scalars(sa.select(Talk)).all() == []
+        assert session.scalars(sa.select(tables.message.c.id)).all() == []
+
+
+# --- ended as text ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_transaction_is_not_ended_as_text_while_a_message_waits_for_it(world: World, command: str) -> None:
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    for execute in (
+        session.execute,
+        session.connection().execute,
+        lambda text: session.connection().exec_driver_sql(text.text),
+    ):
+        with pytest.raises(CaptureError, match=r"as text would end .* signal 'talks_modified' sent; call session\.commit\(\)"):
+            execute(sa.text(command))
+    session.commit()
+    assert (talks(world), world.numbers()) == (1, [1])
+
+
+@pytest.mark.parametrize("command", ["COMMIT", "ROLLBACK"])
+def test_what_ended_as_text_before_the_first_message_is_over(world: World, command: str) -> None:
+    session = begin_with_a_talk(world)
+    session.execute(sa.text(command))
+    if world.engine.dialect.name == "sqlite":
+        session.execute(sa.text("BEGIN"))
+    session.execute(sa.insert(Talk).values(title="after it"))
+    world.send(n=1)
+    session.commit()
+    assert (talks(world), world.numbers()) == (2 if command == "COMMIT" else 1, [1])
+
+
+def test_a_savepoint_of_ones_own_is_not_rolled_back_as_text_beneath_a_message(world: World) -> None:
+    session = world.begin()
+    session.execute(sa.text("SAVEPOINT own"))
+    session.execute(sa.insert(Talk).values(title="inside"))
+    world.send(n=1)
+    with pytest.raises(CaptureError, match=r"ROLLBACK as text .* use session\.begin_nested\(\)"):
+        session.execute(sa.text("ROLLBACK TO SAVEPOINT own"))
+    session.execute(sa.text("RELEASE SAVEPOINT own"))
+    session.commit()
+    assert (talks(world), world.numbers()) == (1, [1])
+
+
+def test_an_async_session_is_not_ended_as_text_either(world: World) -> None:
+    async def program(engine: AsyncEngine) -> None:
+        async with AsyncSession(engine) as session:
+            await session.execute(sa.insert(Talk).values(title="beside it"))
+            world.outbox.send("a.b", {"n": 1}, session=session)
+            with pytest.raises(CaptureError, match="COMMIT as text"):
+                await session.execute(sa.text("COMMIT"))
+            await session.commit()
+
+    in_asyncio(world, program)
+    assert (talks(world), world.numbers()) == (1, [1])
+
+
+# --- ended on the driver's own connection -------------------------------------------------------------------------------
+
+
+def on_its_cursor(command: str) -> Callable[[Any], object]:
+    return lambda driver: driver.cursor().execute(command)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [lambda driver: driver.commit(), lambda driver: driver.rollback(), on_its_cursor("COMMIT"), on_its_cursor("ROLLBACK")],
+    ids=["commit", "rollback", "COMMIT", "ROLLBACK"],
+)
+@pytest.mark.parametrize("then", ["commit", "statement"])
+def test_a_transaction_that_the_driver_ended_is_noticed_before_it_goes_on(
+    world: World, end: Callable[[Any], object], then: str
+) -> None:
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    end(session.connection().connection)
+    with pytest.raises(CaptureError, match="ended past the session after signal 'talks_modified' sent"):
+        session.commit() if then == "commit" else session.execute(sa.text("SELECT 1"))
+    with pytest.raises(CaptureError, match="ended past the session"):
+        session.commit()
+    session.rollback()
+    assert world.rows() == []
+    session.begin()
+    world.send(n=2)
+    session.commit()
+    assert world.numbers() == [2]
+
+
+def test_a_transaction_that_sqlite_rolled_back_by_itself_is_noticed(world: World) -> None:
+    if world.engine.dialect.name != "sqlite":
+        pytest.skip("PostgreSQL leaves every rollback to the client")
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    with pytest.raises(sa.exc.IntegrityError):
+        session.execute(sa.text("INSERT OR ROLLBACK INTO talk (title) VALUES ('beside it')"))
+    with pytest.raises(CaptureError, match="ended past the session"):
+        session.commit()
+    session.rollback()
+    assert (talks(world), world.rows()) == (0, [])
