@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 import hypothesis
 import pytest
 
+from tests.kit.netns import Machine
+from tests.kit.pgbouncer import PgBouncer
 from tests.kit.processes import ROOT, Process
 from tests.kit.server_process import ServerMissingError
 from tests.kit.servers import PostgresServer, RabbitServer, shared_postgres, shared_rabbit
@@ -152,6 +154,35 @@ def private_postgres() -> Iterator[Callable[..., PostgresServer]]:
             return server
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres_server: PostgresServer | ExternalPostgres) -> Iterator[PgBouncer]:
+    """A pooler in transaction mode before the PostgreSQL that ordinary tests share."""
+    try:
+        server = PgBouncer(postgres_server.url)
+    except ServerMissingError as missing:
+        _unavailable(missing)
+    server.start()
+    yield server
+    server.discard()
+
+
+@pytest.fixture
+def pooled_url(pgbouncer: PgBouncer, postgres_url: str) -> str:
+    """The URL of a new, empty PostgreSQL database, through the pooler."""
+    return pgbouncer.through(postgres_url)
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """A second machine, at the other end of a cable that can be pulled."""
+    with ExitStack() as running:
+        try:
+            made = running.enter_context(Machine())
+        except ServerMissingError as missing:
+            _unavailable(missing)
+        yield made
 
 
 @pytest.fixture(scope="session")

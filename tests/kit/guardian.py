@@ -6,6 +6,7 @@ closes, however pytest ended, it kills each group it still knows and removes eac
     group PGID SIGNAL    kill this group with this signal number, and with SIGKILL a second later
     spare PGID           it has ended by itself
     folder PATH          remove it
+    namespace NAME       delete this network namespace
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class Guardian:
         """Remove *folder* in the end."""
         self._order(f"folder {folder}")
 
+    def remove_namespace(self, name: str) -> None:
+        """Delete the network namespace *name* in the end, if it is still there."""
+        self._order(f"namespace {name}")
+
     def _order(self, line: str) -> None:
         pipe = self._process.stdin
         assert pipe is not None
@@ -74,6 +79,7 @@ def _kill(process_group: int, number: int) -> bool:
 def _guard(orders: IO[str]) -> None:
     last_signals: dict[int, int] = {}
     folders: list[str] = []
+    namespaces: list[str] = []
     for order in orders:
         verb, _, rest = order.rstrip("\n").partition(" ")
         if verb == "group":
@@ -83,6 +89,8 @@ def _guard(orders: IO[str]) -> None:
             last_signals.pop(int(rest), None)
         elif verb == "folder":
             folders.append(rest)
+        elif verb == "namespace":
+            namespaces.append(rest)
     for process_group, last_signal in last_signals.items():
         _kill(process_group, signal.SIGCONT)  # a stopped process takes no other signal than SIGKILL
         _kill(process_group, last_signal)
@@ -94,6 +102,8 @@ def _guard(orders: IO[str]) -> None:
         _kill(process_group, signal.SIGKILL)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+    for namespace in namespaces:
+        subprocess.run(["ip", "netns", "del", namespace], check=False, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

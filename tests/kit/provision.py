@@ -1,4 +1,4 @@
-"""Before the tests: see to it that PostgreSQL and RabbitMQ are there to be started.
+"""Before the tests: see to it that PostgreSQL, RabbitMQ and PgBouncer are there to be started, and `ip` for network faults.
 
 `python -m tests.kit.provision` installs what is missing where that is possible without asking (Debian and its kin, as
 root) and starts no daemon; elsewhere it says what to install and leaves the decision to the tests: they skip, or fail in CI.
@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.kit import netns
+from tests.kit.pgbouncer import PgBouncer
 from tests.kit.server_process import ServerMissingError
 from tests.kit.servers import PostgresServer, RabbitServer
 
@@ -29,6 +31,8 @@ def missing(environ: Mapping[str, str]) -> dict[str, str]:
     wanted = [
         ("postgresql", "TEST_DATABASE_URL", PostgresServer.programs),
         ("rabbitmq-server", "TEST_BROKER_URL", RabbitServer.programs),
+        ("pgbouncer", "", PgBouncer.programs),
+        ("iproute2", "", netns.programs),
     ]
     lacking: dict[str, str] = {}
     for package, variable, find in wanted:

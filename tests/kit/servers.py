@@ -112,6 +112,13 @@ class PostgresServer(ServerProcess):
         with _new_database(self.dsn("postgres")) as dsn:
             yield _sqlalchemy_url(dsn)
 
+    def admit(self, network: str) -> None:
+        """Trust the clients of *network*, too (`listen_addresses` must name an address that they reach)."""
+        with (self._data / "pg_hba.conf").open("a") as rules:
+            rules.write(f"host all all {network} trust\n")
+        with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:
+            connection.execute("SELECT pg_reload_conf()")
+
     def terminate_backends(self) -> int:
         """Cut every client's connection, the server stays up; returns how many."""
         with psycopg.connect(self.dsn("postgres"), autocommit=True) as connection:

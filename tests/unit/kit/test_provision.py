@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.kit import provision
+from tests.kit import netns, provision
+from tests.kit.pgbouncer import PgBouncer
 from tests.kit.server_process import ServerMissingError
 from tests.kit.servers import PostgresServer, RabbitServer
 
@@ -31,6 +32,8 @@ def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_server_named_by_its_url_need_not_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PostgresServer, "programs", staticmethod(_absent))
     monkeypatch.setattr(RabbitServer, "programs", staticmethod(_absent))
+    monkeypatch.setattr(PgBouncer, "programs", staticmethod(lambda: None))
+    monkeypatch.setattr(netns, "programs", lambda: None)
     assert provision.missing({}).keys() == {"postgresql", "rabbitmq-server"}
     assert provision.missing({"TEST_DATABASE_URL": "postgresql://"}).keys() == {"rabbitmq-server"}
     assert provision.missing({"TEST_DATABASE_URL": "postgresql://", "TEST_BROKER_URL": "amqp://"}) == {}
@@ -53,6 +56,8 @@ def test_a_rule_of_the_machine_about_daemons_is_left_alone(apt: Path, tmp_path: 
 
 
 def test_nothing_missing_is_silent(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PgBouncer, "programs", staticmethod(lambda: None))
+    monkeypatch.setattr(netns, "programs", lambda: None)
     monkeypatch.setenv("TEST_DATABASE_URL", "postgresql://")
     monkeypatch.setenv("TEST_BROKER_URL", "amqp://")
     assert provision.main() == 0
