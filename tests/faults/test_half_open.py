@@ -24,12 +24,12 @@ pytestmark = pytest.mark.faults
 _SECONDS = 45
 
 _HOLD = """
-import sys, sqlalchemy as sa
+import signal, sys, sqlalchemy as sa
 from outbox.database import Role, create_engine
 with create_engine(sys.argv[1], role=Role.SERVICE).begin() as connection:
     connection.execute(sa.text("SELECT pg_advisory_xact_lock(1)"))
     print("holds", flush=True)
-    sys.stdin.readline()
+    signal.pause()
 """
 _WAIT = """
 import sys, sqlalchemy as sa
