@@ -20,7 +20,7 @@ from outbox.consumer import arrival as arrivals
 from outbox.consumer import rabbit
 from outbox.consumer import topology as topologies
 from outbox.consumer.acks import Acks, Receipt
-from outbox.consumer.amqp_errors import AccessRefused, NotAllowed
+from outbox.consumer.amqp_errors import AccessRefused, ConsumerCancelled, NotAllowed
 from outbox.errors import BrokerError, Unavailable
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Frames read before acknowledgements and heartbeats get their turn.
 _FRAMES_AT_ONCE = 1_000
+#: What RabbitMQ means when it ends a consumer; it says no more than which.
+_CANCELLED = "it was deleted, or a message stayed unacknowledged beyond the broker's consumer_timeout"
 #: The embedded broker has nothing to wait on but the clock.
 _LONGEST_POLL_SECONDS = 0.05
 
@@ -73,7 +75,7 @@ class Link:
             raise BrokerError(f"{shown(url)}: {words}") from error
         # Kept: asked for its transport after it was lost, py-amqp would silently connect again, without consumers.
         self._stream: Any = None if self._polled else self._raw.transport
-        self._wake_lock = threading.RLock()  # a signal handler may call `wake` anywhere
+        self._wake_lock = threading.Lock()
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
@@ -121,16 +123,22 @@ class Link:
             on_arrival(arrival)
 
         channel.basic_qos(0, prefetch, False)  # per consumer: RabbitMQ 4.3 refuses a global one
-        channel.basic_consume(queue=queue.name, consumer_tag=queue.name, no_ack=False, callback=received)
+        with topologies.explained(f"consuming queue {queue.name!r}"):
+            channel.basic_consume(queue=queue.name, consumer_tag=queue.name, no_ack=False, callback=received)
 
     # --- receiving ----------------------------------------------------------------------------------------------------
 
     def receive(self, timeout: float) -> None:
         """Hand over what arrives; return after *timeout* seconds, earlier when something came or `wake` was called."""
-        if self._polled:
-            self._drain_polled(timeout)
-        elif self._readable(timeout):
-            self._drain_socket()
+        try:
+            if self._polled:
+                self._drain_polled(timeout)
+            elif self._readable(timeout):
+                self._drain_socket()
+        except ConsumerCancelled as error:
+            if self._polled:  # it says why
+                raise
+            raise ConsumerCancelled(f"queue {error.reply_text!r}: {_CANCELLED}") from error  # its consumer tag is its name
         self._transport.heartbeat_check(self._raw, rate=2)
 
     def _drain_polled(self, timeout: float) -> None:

@@ -75,20 +75,21 @@ def declare(channel: Any, topology: Topology) -> None:
         declare_exchange(channel, queue.exchange, queue.exchange_type)
         declare_queue(channel, queue)
         for routing_key in queue.routing_keys:
-            channel.queue_bind(queue.name, queue.exchange, routing_key)
+            with explained(f"binding queue {queue.name!r} to exchange {queue.exchange!r}"):
+                channel.queue_bind(queue.name, queue.exchange, routing_key)
 
 
 def declare_exchange(channel: Any, name: str, type_: str = "topic") -> None:
     """Declare a durable exchange. Raises ConfigurationError where one of that name is of another kind."""
     remedy = f"it must be a durable {type_} exchange; delete it, or choose another OUTBOX_EXCHANGE"
-    with _explained(f"exchange {name!r}", remedy):
+    with explained(f"exchange {name!r}", remedy):
         channel.exchange_declare(name, type_, durable=True, auto_delete=False)
 
 
 def declare_queue(channel: Any, queue: Queue) -> None:
     """Declare *queue* itself. Raises ConfigurationError where one of that name has other arguments."""
     remedy = "let its messages be applied, delete it (outbox consumer retire), and start the service again to make it anew"
-    with _explained(f"queue {queue.name!r}", remedy):
+    with explained(f"queue {queue.name!r}", remedy):
         channel.queue_declare(queue.name, durable=True, auto_delete=False, arguments=dict(queue.arguments))
 
 
@@ -99,12 +100,15 @@ def unbind(channel: Any, queue: Queue) -> None:
 
 
 @contextmanager
-def _explained(what: str, remedy: str) -> Iterator[None]:
+def explained(what: str, remedy: str = "") -> Iterator[None]:
+    """Raise ConfigurationError, with *remedy*, for *what* is there and is another, BrokerError for what we may not do."""
     try:
         yield
     except PreconditionFailed as error:
         raise ConfigurationError(f"{what} exists and is not what is needed: {_said(error)}; {remedy}") from error
     except AccessRefused as error:
+        if "exclusive" in _said(error):  # another program's consumer has the queue for itself: that ends
+            raise
         raise BrokerError(f"{what}: the broker refuses it: {_said(error)}; give the user configure, write and read") from error
 
 

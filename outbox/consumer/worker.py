@@ -13,6 +13,7 @@ import random
 import socket
 import threading
 import time
+from concurrent import futures
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -47,11 +48,15 @@ log = logging.getLogger(__name__)
 
 _RECONNECT = Backoff(0.2, 5.0)
 _DATABASE_SECONDS = 1.0
+#: How often a start that waits for a silent database asks whether it is still wanted.
+_ASK_SECONDS = 0.1
 #: Who drains waits for an end: a server that is away for so long is said, with the exit code of "try later".
 _DRAIN_PATIENCE_SECONDS = 20.0
 #: How long the loop waits for the broker before it looks around.
 _TURN_SECONDS = 0.5
 _LAST_TURN_SECONDS = 0.05
+#: Different reasons said while the broker is away; more are the same one in ever other words.
+_REASONS = 20
 #: A loop that did not turn for so long is stuck.
 _STUCK_SECONDS = 60.0
 
@@ -89,6 +94,8 @@ class Runtime:
         self._link: Link | None = None
         self._consuming = self._consumed_before = False
         self._lost = ""
+        #: What was said of the broker since it was last there.
+        self._said: set[str] = set()
         self._turned_at = time.monotonic()
         policy = policy or Policy(max_attempts=settings.consumer_max_attempts)
         self._waiting = Waiting()
@@ -138,7 +145,8 @@ class Runtime:
         begun_at = time.monotonic()
         while not self._stopping.is_set():
             try:
-                operate.check(self._service, self._engine, migrate_first=self._url.startswith("embedded:"))
+                if not self._check_database():
+                    break
             except SQLAlchemyError as error:
                 impatient = self._drain and time.monotonic() - begun_at > _DRAIN_PATIENCE_SECONDS
                 if impatient or is_refusal(error) or not is_transient(error):
@@ -147,6 +155,28 @@ class Runtime:
                 self._stopping.wait(_DATABASE_SECONDS)
             else:
                 self._pause.over()
+                return True
+        return False
+
+    def _check_database(self) -> bool:
+        """Raise what is wrong with the tables; return False when stopped meanwhile.
+
+        In a thread of its own: a server that accepts and then is silent must not keep the process from ending.
+        """
+        answer: futures.Future[None] = futures.Future()
+
+        def ask() -> None:
+            try:
+                operate.check(self._service, self._engine, migrate_first=self._url.startswith("embedded:"))
+            except BaseException as error:  # noqa: BLE001 - raised again by who waits for the answer
+                answer.set_exception(error)
+            else:
+                answer.set_result(None)
+
+        threading.Thread(target=ask, name="start", daemon=True).start()
+        while not self._stopping.is_set():
+            if futures.wait([answer], timeout=_ASK_SECONDS).done:
+                answer.result()
                 return True
         return False
 
@@ -230,6 +260,7 @@ class Runtime:
         link.consume(self._topology, self._settings.consumer_prefetch, self._arrived)
         self._consuming = self._consumed_before = True
         self._lost = ""
+        self._said.clear()
         self._say("consumer.connected", f"consuming {self._topology.main.name!r} on {shown(self._url)}")
         return link
 
@@ -241,9 +272,11 @@ class Runtime:
         self._waiting.clear()  # all of it comes again, in order
 
     def _say_lost(self, words: str) -> None:
-        if not self._lost:
+        """Say each reason once: a second one, such as a changed password, is what an operator has to mend."""
+        if words not in self._said and len(self._said) < _REASONS:
             sentence = f"no connection to {shown(self._url)}: {words}; trying again"
             self._say("consumer.disconnected", sentence, logging.WARNING)
+        self._said.add(words)
         self._lost = words
 
     def _arrived(self, arrival: Arrival) -> None:
@@ -306,7 +339,6 @@ class Runtime:
 
 def _words(error: BaseException) -> str:
     """Return what a client library said, without the password it may have put there."""
-    if isinstance(error, ConsumerCancelled):  # says the consumer's tag, which is the queue's name, and nothing else
-        why = "it was deleted, or a message stayed unacknowledged beyond the broker's consumer_timeout"
-        return f"the broker delivers no more from queue {error.reply_text!r}: {why}"
+    if isinstance(error, ConsumerCancelled):
+        return f"the broker delivers no more: {error.reply_text}"
     return mask(str(getattr(error, "reply_text", None) or error) or type(error).__name__)

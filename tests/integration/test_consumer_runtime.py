@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
 import threading
 import urllib.request
@@ -578,7 +579,7 @@ def test_a_queue_deleted_under_a_running_service_is_declared_again(rabbit: Place
                 return False
 
         eventually(declared_again, 20, "the queue to be there again")
-        assert f"the broker delivers no more from queue '{QUEUE}': it was deleted, or" in caplog.text
+        assert f"the broker delivers no more: queue '{QUEUE}': it was deleted, or" in caplog.text
         eventually(lambda: service.runtime.ready().ok)
         rabbit.desk.publish(message(1))
         applied(service, 1)
@@ -615,6 +616,35 @@ def test_a_broker_that_refuses_us_ends_the_service_with_a_named_error(rabbit: Pl
     with pytest.raises(BrokerError, match=says) as refusal:
         worker.run(recorder.service, settings_for(url, rabbit.database_url))
     assert "wrong" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "refused"),
+    [
+        ({"configure": "none"}, f"exchange '{EXCHANGE}.dead'"),
+        ({"write": "none"}, f"binding queue '{QUEUE}.dead'"),
+        ({"read": "none"}, f"binding queue '{QUEUE}.dead'"),
+        ({"read": rf"^{EXCHANGE}(\.dead|\.exports)?$"}, f"consuming queue '{QUEUE}.dead'"),
+    ],
+    ids=["configure", "write", "read", "read-of-the-queue"],
+)
+def test_a_missing_permission_ends_the_service_with_what_to_give(
+    rabbit: Place, rabbit_server: Any, missing: dict[str, str], refused: str
+) -> None:
+    vhost = urlsplit(rabbit.broker_url).path.strip("/")
+    user = f"may-not-{vhost}"
+    manage = rabbit_server.management.request
+    manage("PUT", f"users/{user}", {"password": "secret", "tags": ""})
+    manage("PUT", f"permissions/{vhost}/{user}", {"configure": ".*", "write": ".*", "read": ".*", **missing})
+    recorder = Recorder()
+    operate.migrate(recorder.service, operate.open_engine(recorder.service, rabbit.settings()))
+    parts = urlsplit(rabbit.broker_url)
+    url = f"amqp://{user}:secret@{parts.hostname}:{parts.port}/{vhost}"
+    try:
+        with pytest.raises(BrokerError, match=rf"^{re.escape(refused)}.*give the user configure, write and read"):
+            worker.run(recorder.service, settings_for(url, rabbit.database_url))
+    finally:
+        manage("DELETE", f"users/{user}")
 
 
 # --- seen from outside -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,13 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from outbox import failpoints
+from outbox.backoff import Backoff
 from outbox.consumer import Service, operate, worker
 from outbox.consumer.attempts import Attempts
-from outbox.errors import ConfigurationError, Unavailable
+from outbox.consumer.link import Link
+from outbox.embedded.queues import Queues
+from outbox.embedded.urls import path_of
+from outbox.errors import BrokerError, ConfigurationError, Unavailable
 from outbox.settings import Settings, load
 from tests.consuming import EXCHANGE, Desk, Recorder, Running, message, running, series, settings_for
 from tests.kit.ports import free_port
@@ -122,6 +127,53 @@ def test_a_service_waits_for_its_database_whichever_statement_of_its_start_is_cu
     assert any("effects" in statement for statement in lost)  # up to the last question: are the service's own tables there?
 
 
+def test_a_stop_is_obeyed_while_the_database_accepts_and_says_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql+psycopg://nobody@127.0.0.1:{silent.getsockname()[1]}/none"
+        settings = settings_for(f"embedded:///{tmp_path}/broker.db", url)
+        service = Running(Recorder().service, settings, migrate=False).start(ready=False)
+        silent.accept()
+        assert service.stop() == 0
+
+
+def test_a_queue_deleted_under_a_service_is_named_as_the_reason(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    with running(Recorder().service, settings) as service, Queues(path_of(str(settings.broker_url))) as queues:
+        queues.delete_queue(QUEUE)
+        queues.declare_queue(QUEUE)  # a message makes the service look at it
+        eventually(lambda: "consumer.disconnected" in events(caplog), what="it to notice")
+        eventually(lambda: service.runtime.ready().ok, what="it to be back")
+    assert "the broker delivers no more: the queue was deleted" in caplog.text
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [getattr(record, "outbox_event", "") for record in caplog.records if record.name.startswith("outbox")]
+
+
+def test_each_reason_for_having_no_connection_is_said_once_until_there_is_one(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reasons = [OSError("refused"), BrokerError("check the password"), OSError("refused"), BrokerError("check the password")]
+
+    def connect(*arguments: Any, **options: Any) -> Link:
+        if reasons:
+            raise reasons.pop(0)
+        return Link(*arguments, **options)
+
+    monkeypatch.setattr(worker, "_RECONNECT", Backoff(0.001, 0.002))
+    with running(Recorder().service, settings) as service:
+        monkeypatch.setattr(worker, "Link", connect)
+        assert service.runtime._link is not None
+        service.runtime._link._raw.close()  # the next turn finds it closed
+        eventually(lambda: not reasons and service.runtime.ready().ok, what="it to be back")
+    said = [record.message for record in caplog.records if getattr(record, "outbox_event", "") == "consumer.disconnected"]
+    assert [reason for reason in ("closed", "refused", "password") if any(reason in each for each in said)] == [
+        "closed",
+        "refused",
+        "password",
+    ]
+    assert len(said) == 3
+
+
 def test_a_drain_without_a_database_ends_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "_DRAIN_PATIENCE_SECONDS", 0.0)
     url = f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/none"
@@ -149,5 +201,4 @@ def test_a_state_is_said_once_when_it_changes(settings: Settings, caplog: pytest
     with caplog.at_level("INFO", "outbox.consumer"), running(recorder.service, settings) as service:
         Desk(str(settings.broker_url)).publish(*series("a", 20))
         eventually(lambda: service.status().applied_total == 20)
-    events = [getattr(record, "outbox_event", "") for record in caplog.records if record.name.startswith("outbox")]
-    assert events == ["consumer.started", "consumer.connected", "consumer.stopping", "consumer.stopped"]
+    assert events(caplog) == ["consumer.started", "consumer.connected", "consumer.stopping", "consumer.stopped"]
