@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from outbox.consumer.arrival import Arrival
+
+#: How long the oldest delivery may be open before those settled behind it go on alone: workers finish in any order, and
+#: mostly the next moment brings one acknowledgement for all of them.
+_LINE_SECONDS = 0.25
 
 
 class Receipt:
@@ -26,34 +33,55 @@ class Receipt:
 class Acks:
     """The unacknowledged deliveries of one channel, in the order they came.
 
-    Workers finish in any order, and *multiple* acknowledges everything up to a tag: so only up to the last delivery before
-    which everything is settled. What is settled behind it waits; a crash delivers it again, and the inbox knows it.
+    *Multiple* acknowledges everything up to a tag: so only up to the last delivery before which everything is settled. What
+    is settled behind an open one is acknowledged singly: a handler that hangs keeps its own message from being acknowledged
+    and no other. A key stays in order all the same: its messages are settled in their order, so what the broker delivers
+    again of it begins with the first that was not.
     """
 
-    def __init__(self) -> None:
-        self._open: deque[tuple[Any, Arrival]] = deque()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._open: OrderedDict[Any, Arrival] = OrderedDict()
         self._settled: set[Any] = set()
+        self._first_since = 0.0
 
     def delivered(self, tag: Any, arrival: Arrival) -> None:
         """A delivery came."""
-        self._open.append((tag, arrival))
+        if not self._open:
+            self._first_since = self._clock()
+        self._open[tag] = arrival
 
     def settled(self, tag: Any) -> None:
         """The transaction of a delivery committed."""
         self._settled.add(tag)
 
-    def ready(self) -> list[Any]:
-        """Return the tags that may be acknowledged now, in order, and forget them."""
+    def ready(self, *, all_of_them: bool = False) -> tuple[list[Any], list[Any]]:
+        """Return the tags that may be acknowledged now, in order, and forget them: together up to the last, and singly.
+
+        Those behind an open one come when it has been open for a while, or with *all_of_them*.
+        """
+        together = self._prefix()
+        if self._settled and (all_of_them or self._clock() - self._first_since >= _LINE_SECONDS):
+            singly = sorted(self._settled)
+            for tag in singly:
+                del self._open[tag]
+            self._settled.clear()
+            return together, singly
+        return together, []
+
+    def _prefix(self) -> list[Any]:
         tags = []
-        while self._open and self._open[0][0] in self._settled:
-            tag, _ = self._open.popleft()
-            self._settled.discard(tag)
+        while self._open and (tag := next(iter(self._open))) in self._settled:
+            del self._open[tag]
+            self._settled.remove(tag)
             tags.append(tag)
+        if tags:
+            self._first_since = self._clock()
         return tags
 
     def unsettled(self) -> list[Arrival]:
         """Return the deliveries that are still to be settled, in order."""
-        return [arrival for tag, arrival in self._open if tag not in self._settled]
+        return [arrival for tag, arrival in self._open.items() if tag not in self._settled]
 
     def __len__(self) -> int:
         return len(self._open)

@@ -178,14 +178,24 @@ class Link:
 
     # --- acknowledging ------------------------------------------------------------------------------------------------
 
-    def acknowledge(self) -> int:
-        """Acknowledge what is settled and has nothing unsettled before it; return how many deliveries that were."""
+    def acknowledge(self, *, all_of_them: bool = False) -> int:
+        """Acknowledge what is settled, as `Acks.ready` tells; return how many deliveries that were."""
         count = 0
         for channel, acks in self._channels:
-            if tags := acks.ready():
-                channel.basic_ack(tags[-1], multiple=True)
-                count += len(tags)
+            together, singly = acks.ready(all_of_them=all_of_them)
+            if together:
+                channel.basic_ack(together[-1], multiple=True)
+            if singly:
+                self._acknowledge_singly(channel, singly)
+            count += len(together) + len(singly)
         return count
+
+    def _acknowledge_singly(self, channel: Any, tags: list[Any]) -> None:
+        if self._polled:
+            channel.ack_each(tags)  # in one transaction of the file
+            return
+        for tag in tags:
+            channel.basic_ack(tag)
 
     def in_hand(self) -> list[Arrival]:
         """Return what was delivered and is not settled."""
@@ -199,7 +209,8 @@ class Link:
     # --- ending -------------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Return when the broker has seen our acknowledgements: an answer to anything asked after them says so."""
+        """Acknowledge all that is settled; return when the broker has seen it: an answer to what is asked after it says so."""
+        self.acknowledge(all_of_them=True)
         for channel, _ in self._channels:
             channel.basic_qos(0, 1, False)
 

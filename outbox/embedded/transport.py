@@ -179,12 +179,20 @@ class Channel(base.StdChannel):
     def basic_ack(self, delivery_tag: int, multiple: bool = False) -> None:
         """Remove a delivered message, or *multiple*: all up to this tag (0: all). Durable when it returns."""
         with self._translated():
-            by_subscription: dict[Subscription, list[int]] = {}
-            for tag in self._named(delivery_tag, multiple):
-                subscription, number = self._unacknowledged.pop(tag)
-                by_subscription.setdefault(subscription, []).append(number)
-            for subscription, numbers in by_subscription.items():
-                subscription.acknowledge(numbers)
+            self._acknowledge(self._named(delivery_tag, multiple))
+
+    def ack_each(self, delivery_tags: list[int]) -> None:
+        """Remove these messages and no others, those of a queue in one transaction: what AMQP needs as many acks for."""
+        with self._translated():
+            self._acknowledge([tag for each in delivery_tags for tag in self._named(each, multiple=False)])
+
+    def _acknowledge(self, delivery_tags: list[int]) -> None:
+        by_subscription: dict[Subscription, list[int]] = {}
+        for tag in delivery_tags:
+            subscription, number = self._unacknowledged.pop(tag)
+            by_subscription.setdefault(subscription, []).append(number)
+        for subscription, numbers in by_subscription.items():
+            subscription.acknowledge(numbers)
 
     def basic_reject(self, delivery_tag: int, requeue: bool) -> None:
         """Deliver a message again (*requeue*), or remove it: there are no dead-letter exchanges here."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import threading
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from outbox.consumer import topology
+from outbox.consumer.link import Link
 from tests.consuming import Desk, Recorder, Running, series, settings_for
 from tests.kit.waiting import eventually
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
+    from outbox.consumer.arrival import Arrival
     from outbox.message import Received
 
 
@@ -82,9 +87,6 @@ def test_a_successor_on_another_database_gets_exactly_what_was_not_acknowledged_
 
 def test_a_dropped_connection_gives_its_successor_what_was_prefetched_first(broker_url: str) -> None:
     """After a `basic.cancel` the successor would begin with the eleventh."""
-    from outbox.consumer import topology
-    from outbox.consumer.link import Link
-
     recorder = Recorder()
     wanted = topology.of(recorder.service, "openevent")
     got: dict[str, list[Any]] = {"first": [], "second": []}
@@ -104,3 +106,84 @@ def test_a_dropped_connection_gives_its_successor_what_was_prefetched_first(brok
     assert sequences == sorted(sequences)
     assert sequences[0] == 1
     second.drop()
+
+
+def test_a_message_that_hangs_keeps_its_own_key_from_being_acknowledged_and_nothing_else(
+    any_broker_url: str, postgres_url: str, sqlite_url: str
+) -> None:
+    go_on = threading.Event()
+
+    def hang(message: Received, _session: Session) -> None:
+        if message.key == "hung" and message.sequence == 2:
+            go_on.wait(30)
+
+    one, two = Recorder(before=hang, batch=1), Recorder(batch=1)
+    settings = settings_for(any_broker_url, postgres_url, CONSUMER_PREFETCH="20", OUTBOX_SHUTDOWN_TIMEOUT="200ms")
+    first = Running(one.service, settings).start()
+    others = [each for group in zip(*(series(f"key:{number}", 20) for number in range(10)), strict=True) for each in group]
+    Desk(any_broker_url).publish(*series("hung", 5), *others)
+    eventually(lambda: first.status().applied_total == 201, 20, "all others to be applied")  # ten times the prefetch
+    assert first.stop() == 1
+    second = Running(two.service, settings_for(any_broker_url, sqlite_url)).start()
+    eventually(lambda: len(two.numbers(second.engine)) == 4, 20, "the key's messages to be applied")
+    assert two.numbers(second.engine, "hung") == [2, 3, 4, 5]
+    assert second.stop() == 0
+    assert Desk(any_broker_url).left("openevent.exports") == 0
+    go_on.set()
+
+
+PREFETCH = 20
+
+
+class Reader:
+    """A connection that notes what comes, and settles at random, in the order of each key."""
+
+    def __init__(self, url: str) -> None:
+        self.link = Link(url)
+        self.got: dict[str, list[Arrival]] = defaultdict(list)
+        self.settled: dict[str, int] = defaultdict(int)
+        self.link.consume(topology.of(Recorder().service, "openevent"), PREFETCH, self._arrived)
+
+    def _arrived(self, arrival: Arrival) -> None:
+        assert arrival.message is not None
+        self.got[arrival.message.key or ""].append(arrival)
+
+    def receive(self, in_hand: int) -> None:
+        def received() -> bool:
+            self.link.receive(0.05)
+            return len(self.link.in_hand()) >= in_hand
+
+        eventually(received, 10, f"{in_hand} messages in hand")
+
+    def settle_some(self, key: str, rng: random.Random) -> None:
+        waiting = self.got[key][self.settled[key] :]
+        for arrival in waiting[: rng.randint(0, len(waiting))]:
+            assert arrival.receipt is not None
+            arrival.receipt.settled()
+            self.settled[key] += 1
+
+    def sequences(self, key: str) -> list[int | None]:
+        return [arrival.message.sequence for arrival in self.got[key] if arrival.message]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_whatever_was_acknowledged_in_between_the_rest_of_each_key_comes_again_in_order(any_broker_url: str, seed: int) -> None:
+    rng = random.Random(seed)
+    count = {"a": 60, "b": 60, "c": 60, "hung": 5}  # of the last one nothing is ever settled
+    lines = {key: series(key, number) for key, number in count.items()}
+    Reader(any_broker_url).link.drop()  # declares the queue
+    Desk(any_broker_url).publish(*(lines[key].pop(0) for key in rng.sample(list(count), counts=count.values(), k=185)))
+    done = dict.fromkeys(count, 0)
+    while sum(done.values()) < 180:
+        reader = Reader(any_broker_url)
+        for _ in range(rng.randint(1, 3)):
+            reader.receive(min(PREFETCH, 185 - sum(done.values()) - sum(reader.settled.values())))
+            for key in ("a", "b", "c"):
+                reader.settle_some(key, rng)
+            reader.link.acknowledge(all_of_them=True)
+        reader.link.flush()
+        reader.link.drop()
+        for key in count:
+            assert reader.sequences(key) == list(range(done[key] + 1, done[key] + 1 + len(reader.got[key])))
+            done[key] += reader.settled[key]
+    assert done == {**count, "hung": 0}

@@ -99,18 +99,19 @@ class Crashing:
         if acknowledged_early:
             for tag, _ in enumerate(self._sent):
                 self._acks.settled(tag)
-        ready = self._acks.ready()
-        acknowledged = ready[-1] + 1 if ready else 0
-        for each in self._sent[acknowledged:]:
-            self._recorder.service.deliver(each, self._engine)
+        together, singly = self._acks.ready(all_of_them=True)
+        gone = {*range(together[-1] + 1 if together else 0), *singly}
+        for tag, each in enumerate(self._sent):
+            if tag not in gone:
+                self._recorder.service.deliver(each, self._engine)
         entries = [entry(each) for each in self._sent]
         return judge(entries, entries, effects=_effects(self._recorder, self._engine))
 
 
 def test_an_acknowledgement_past_another_threads_work_misses_effects(new_engine: Callable[[], Engine]) -> None:
     class UpToTheLast(Acks):
-        def ready(self) -> list[Any]:
-            return list(range(max(self._settled) + 1))
+        def ready(self, **_: bool) -> tuple[list[Any], list[Any]]:
+            return list(range(max(self._settled) + 1)), []
 
     sent = [*series("a", 2), *series("b", 2)]
     assert Crashing(Acks(), sent, Recorder(), new_engine()).die(settled=[2, 3]).problems() == {}

@@ -116,3 +116,22 @@ def test_messages_of_the_embedded_broker_are_raw_bytes_acknowledged_together(tmp
     link.flush()
     link.drop()
     assert Desk(url).left("openevent.exports") == 1
+
+
+def test_the_end_acknowledges_also_what_is_settled_behind_an_open_message(tmp_path: Path) -> None:
+    url = f"embedded:///{tmp_path}/broker.db"
+    got: list[Any] = []
+    link = Link(url)
+    link.consume(topology.of(Recorder().service, "openevent"), 10, got.append)
+    Desk(url).publish(*(message(number) for number in range(5)))
+
+    def received(count: int) -> bool:
+        link.receive(0.05)
+        return len(got) >= count
+
+    eventually(lambda: received(5), what="the messages")
+    for each in got[1:4]:
+        each.receipt.settled()
+    link.flush()
+    link.drop()
+    assert Desk(url).left("openevent.exports") == 2
