@@ -12,14 +12,17 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import sqlalchemy as sa
+
 from outbox import failpoints, migrations
 from outbox.consumer import arrival as arrivals
 from outbox.consumer import inbox, parking, tables
 from outbox.consumer.migrations import history
 from outbox.consumer.outcomes import Outcome
 from outbox.consumer.parking import Aside
+from outbox.consumer.seal import protect
 from outbox.consumer.tables import Reason
-from outbox.consumer.transaction import protect, transaction
+from outbox.consumer.transaction import transaction
 from outbox.database import prepare
 from outbox.message import Message, Received, cloud_event
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from outbox.consumer.arrival import Arrival, Key
     from outbox.consumer.handlers import Handler
     from outbox.consumer.inbox import Mark
+    from outbox.consumer.seal import Seal
     from outbox.consumer.service import Service
     from outbox.consumer.transaction import HandlerSession
 
@@ -114,7 +118,7 @@ class _Batch:
 
     def settle(self, batch: Sequence[Arrival], aside: Mapping[Arrival, Aside]) -> list[Settled]:
         name = self._service.name
-        new = inbox.take(self._connection, name, [arrival.identity for arrival in batch], self._now)
+        new = inbox.take(self._connection, name, [arrival.identity for arrival in batch], self._now, self._session.seal)
         failpoints.reached("K2")
         first: list[Arrival | None] = []
         for arrival in batch:  # twice in one batch: the first is new, the second a duplicate
@@ -133,7 +137,7 @@ class _Batch:
             failpoints.reached("K6")
         inbox.write_marks(self._connection, name, self._marks)
         inbox.end_attempts(self._connection, name, [arrival.identity for arrival in batch if arrival.suspect])
-        count(self._connection, name, self._worker, self._tally)
+        count(self._connection, name, self._worker, self._tally, self._session.seal)
         return settled
 
     def _duplicate(self, arrival: Arrival) -> Settled:
@@ -192,7 +196,9 @@ class Task:
 
     def handle(self, session: HandlerSession, *, late: bool) -> None:
         """Call the handler; the next message finds the session as if it were new. Raises whatever the handler raises."""
+        session.hand_over()
         self.handler(dataclasses.replace(self.message, late=True) if late else self.message, session)
+        session.seal.check()
         # Objects of this message must not be found by the next: alone in its transaction it would not see them either.
         session.expunge_all()
         session.info.clear()
@@ -209,20 +215,29 @@ def task_of(service: Service, arrival: Arrival) -> Task | Aside:
 
 
 @cache
-def _count(dialect: str) -> Any:
+def _count(dialect: str, *, lifting: bool) -> Any:
+    """Return the statement that adds to the counters; *lifting* the seal it does so only where that is found."""
     table = tables.counter
-    names = [each.name for each in dataclasses.fields(Tally)]
-    statement = inbox.insert(dialect, table)
+    columns = [table.c.service, table.c.worker, *(table.c[each.name] for each in dataclasses.fields(Tally))]
+    values = sa.select(*(sa.bindparam(column.name, type_=column.type) for column in columns))
+    if lifting:
+        seal = sa.delete(tables.seal).where(tables.seal.c.id == sa.bindparam("seal")).returning(tables.seal.c.id)
+        values = values.select_from(seal.cte("lifted"))
+    statement = inbox.insert(dialect, table).from_select(columns, values.where(sa.true()))
     return statement.on_conflict_do_update(
         index_elements=[table.c.service, table.c.worker],
-        set_={name: table.c[name] + statement.excluded[name] for name in names},
-    )
+        set_={column.name: column + statement.excluded[column.name] for column in columns[2:]},
+    ).returning(table.c.worker)
 
 
-def count(connection: Connection, service: str, worker: int, tally: Tally) -> None:
-    """Add *tally* to the service's counters."""
+def count(connection: Connection, service: str, worker: int, tally: Tally, seal: Seal | None = None) -> None:
+    """Add *tally* to the service's counters, and lift *seal* with the same statement."""
     values = {"service": service, "worker": worker, **dataclasses.asdict(tally)}
-    connection.execute(_count(connection.dialect.name), values)
+    if seal is None or not seal.is_put:
+        connection.execute(_count(connection.dialect.name, lifting=False), values)
+        return
+    counted = connection.execute(_count(connection.dialect.name, lifting=True), {**values, "seal": seal.number})
+    seal.is_lifted(found=counted.first() is not None)
 
 
 def deliver_once(service: Service, message: Message | Received | bytes, engine: Engine) -> Outcome:

@@ -20,21 +20,27 @@ def is_transient(error: BaseException) -> bool:
 
     Looks at *error* and at what it was raised `from`.
     """
-    return any(_is_transient(each) for each in _causes(error))
+    return _trouble(error) is not Meaning.OTHER
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def is_conflict(error: BaseException) -> bool:
+    """Say whether another transaction was in the way: that is no reason for others to wait. Looks as `is_transient` does."""
+    return _trouble(error) in (Meaning.CONFLICT, Meaning.BUSY)
+
+
+def _trouble(error: BaseException) -> Meaning:
+    # Who is not let in has no attempt to count: the password is another one now, or the database is being made anew.
+    found = (meaning(each) for each in causes(error))
+    return next((each for each in found if each.is_passing or each is Meaning.REFUSED), Meaning.OTHER)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield *error*, what it was raised `from`, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
         error = error.__cause__
-
-
-def _is_transient(error: BaseException) -> bool:
-    # Who is not let in has no attempt to count: the password is another one now, or the database is being made anew.
-    found = meaning(error)
-    return found.is_passing or found is Meaning.REFUSED
 
 
 def is_aborted(error: BaseException) -> bool:

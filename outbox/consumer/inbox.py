@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
     from outbox.consumer.arrival import Identity, Key
+    from outbox.consumer.seal import Seal
 
 _inbox, _key, _attempt = tables.inbox, tables.key, tables.attempt
 
@@ -74,6 +75,8 @@ def _take(dialect: str) -> Any:
     values = sa.select(sa.bindparam("service", type_=sa.Text()), given.c.source, given.c.message_id, now)
     values = values.where(sa.true())  # SQLite would take ON CONFLICT for the ON of a join
     statement = insert(dialect, _inbox).from_select(list(_inbox.c.keys()), values).on_conflict_do_nothing()
+    if dialect == "postgresql":
+        statement = statement.add_cte(sa.insert(tables.seal).values(id=sa.bindparam("seal")).cte("sealed"))
     return statement.returning(_inbox.c.source, _inbox.c.message_id)
 
 
@@ -103,15 +106,16 @@ def _write_marks(dialect: str) -> Any:
     )
 
 
-def take(connection: Connection, service: str, identities: Collection[Identity], now: datetime) -> set[Identity]:
-    """Write *identities* into the inbox and return those that were not in it: one statement.
+def take(connection: Connection, service: str, identities: Collection[Identity], now: datetime, seal: Seal) -> set[Identity]:
+    """Write *identities* into the inbox and return those that were not in it: one statement, which puts *seal* too.
 
     Waits for another transaction that is writing one of them. Sorted, so that two processes given the same messages can't
     lock each other out.
     """
     dialect = connection.dialect.name
     rows = _passed(dialect, ("source", "message_id"), sorted(set(identities)))
-    written = connection.execute(_take(dialect), {"service": service, "now": now, **rows})
+    written = connection.execute(_take(dialect), {"service": service, "now": now, "seal": seal.number, **rows})
+    seal.is_put = dialect == "postgresql"
     return {(source, message_id) for source, message_id in written}
 
 

@@ -103,7 +103,15 @@ def _service(op: Operations) -> None:
     )
 
 
-CONSUMER = History(name="consumer", steps=(_version_1,), command="outbox consumer migrate NAME")
+def _version_2(op: Operations) -> None:
+    """What keeps handlers from ending a transaction, and how long a message has been waiting at its handler's wish."""
+    op.create_table("consumer_nothing", sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False))
+    refused = sa.ForeignKey("consumer_nothing.id", name="only_the_runtime_commits", deferrable=True, initially="DEFERRED")
+    op.create_table("consumer_seal", sa.Column("id", sa.BigInteger, refused, primary_key=True, autoincrement=False))
+    op.add_column("consumer_parked", sa.Column("waiting_since", Timestamp))
+
+
+CONSUMER = History(name="consumer", steps=(_version_1, _version_2), command="outbox consumer migrate NAME")
 
 
 def history(typed: str) -> History:

@@ -95,6 +95,7 @@ parked = sa.Table(
     sa.Column("created_at", Timestamp),  # when it was sent
     sa.Column("parked_at", Timestamp, nullable=False),
     sa.Column("due_at", Timestamp),
+    sa.Column("waiting_since", Timestamp),  # `later`: when its handler first asked for that
     sa.Column("acted_at", Timestamp),  # when a person last requeued or discarded it,
     sa.Column("actor", sa.String(255)),  # who that was (user@host),
     sa.Column("note", sa.Text),  # and why
@@ -127,6 +128,29 @@ counter = sa.Table(
     sa.Column("late", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("gaps", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("parked", sa.BigInteger, nullable=False, server_default="0"),
+)
+
+#: The name of a constraint, because that is what PostgreSQL tells whoever breaks it.
+ONLY_THE_RUNTIME_COMMITS = "only_the_runtime_commits"
+
+#: Always empty.
+nothing = sa.Table(
+    "consumer_nothing",
+    metadata,
+    sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
+)
+
+#: On PostgreSQL a row while a transaction of messages is under way; no commit may find it (`seal`).
+seal = sa.Table(
+    "consumer_seal",
+    metadata,
+    sa.Column(
+        "id",
+        sa.BigInteger,
+        sa.ForeignKey(nothing.c.id, name=ONLY_THE_RUNTIME_COMMITS, deferrable=True, initially="DEFERRED"),
+        primary_key=True,
+        autoincrement=False,
+    ),
 )
 
 process = sa.Table(

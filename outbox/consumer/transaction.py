@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from outbox.consumer.failures import is_aborted, is_transient
+from outbox.consumer.failures import causes, is_aborted, is_conflict, is_transient
 from outbox.consumer.outcomes import HandlerMistake
+from outbox.consumer.seal import SWALLOWED, Seal, ended
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,46 +22,32 @@ if TYPE_CHECKING:
 class Transient(Exception):
     """The service's database was away, busy, or rolled back for another's sake. Nothing was written; try again."""
 
-
-#: On the connection of a transaction that only the runtime may commit.
-_SHARED = "outbox_shared"
-#: A statement that ends the transaction; `ROLLBACK TO` a savepoint does not.
-_ENDS = re.compile(r"\s*(COMMIT|END|ABORT|ROLLBACK(?!\s+(WORK\s+|TRANSACTION\s+)?TO\b))\b", re.IGNORECASE)
-
-
-def _refused(call: str) -> HandlerMistake:
-    return HandlerMistake(
-        f"a handler called {call}: the runtime commits when the handler returns and rolls back when it raises; to undo a "
-        "part, use `with db_session.begin_nested():`"
-    )
+    def __init__(self, words: str, *, handled: bool = False, lost: bool = False) -> None:
+        super().__init__(words)
+        #: A handler had begun: it may be what brought this about.
+        self.handled = handled
+        #: The connection died, or was closed.
+        self.lost = lost
 
 
-def protect(engine: Engine) -> None:
-    """Refuse handlers that end the transaction past their session, on its connection or by SQL; again changes nothing.
-
-    A commit would keep the inbox rows of the whole batch without the effects, and the messages behind would be lost as
-    duplicates; a rollback would lose the messages before. What goes through the driver's own connection is not seen.
-    """
-    if not event.contains(engine, "commit", _refuse_commit):
-        event.listen(engine, "commit", _refuse_commit)
-        event.listen(engine, "before_cursor_execute", _refuse_end)
-
-
-def _refuse_commit(connection: Connection) -> None:
-    if connection.get_execution_options().get(_SHARED):
-        raise _refused("commit() on the connection or the transaction of db_session")
-
-
-def _refuse_end(connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
-    if _ENDS.match(statement) and connection.get_execution_options().get(_SHARED):
-        raise _refused(statement.split(maxsplit=1)[0].rstrip(";").upper())
+class Conflict(Transient):
+    """Another transaction was in the way."""
 
 
 class HandlerSession(Session):
     """A session whose transaction belongs to the runtime: it holds the inbox rows of other messages too."""
 
+    seal: Seal
+    #: A handler was called.
+    handed_over = False
+
+    def hand_over(self) -> None:
+        """Get ready for the first, or the next, handler."""
+        self.seal.put(self.connection())
+        self.handed_over = True
+
     def _refuse(self, call: str) -> NoReturn:
-        raise _refused(f"db_session.{call}()")
+        raise ended(f"called db_session.{call}()")
 
     def commit(self) -> None:
         self._refuse("commit")
@@ -83,29 +68,50 @@ class HandlerSession(Session):
 @contextmanager
 def transaction(engine: Engine) -> Iterator[HandlerSession]:
     """Commit what the block did, or nothing of it. Raises Transient where only waiting helps, else what the block raised."""
-    session = HandlerSession(engine)
-    connection = None
+    # When it is over, who still has the session (a thread that a handler began) can do nothing with it.
+    session = HandlerSession(engine, close_resets_only=False)
+    connection, seal = None, None
     try:
         work = session.begin()
-        connection = session.connection(execution_options={_SHARED: True})
+        connection = session.connection()
+        session.seal = seal = Seal(connection)
         yield session
-        connection.execution_options(**{_SHARED: False})
+        seal.lift(connection)
+        seal.open()
         work.commit()
-    except Exception as error:
-        lost = connection is not None and not connection.closed and connection.invalidated
+    except BaseException as error:
+        told = _told(error, connection, seal, handled=session.handed_over)
         with contextlib.suppress(SQLAlchemyError):  # a dead connection can't roll back either; its transaction is gone
-            Session.rollback(session)
-        if lost or is_transient(error):
-            raise Transient(str(error)) from error
-        if is_aborted(error):
-            raise HandlerMistake(
-                "a handler caught an error of the database, and PostgreSQL takes nothing more in this transaction; put what "
-                "may fail into `with db_session.begin_nested():`"
-            ) from error
-        raise
+            _undo(session, connection, seal)
+        if told is error:
+            raise
+        raise told from error
     finally:
         with contextlib.suppress(SQLAlchemyError):
             Session.close(session)
+
+
+def _undo(session: HandlerSession, connection: Connection | None, seal: Seal | None) -> None:
+    if connection is not None and seal is not None:
+        seal.open()
+        if seal.is_gone and not connection.invalidated:  # whatever a handler did to it stays with it
+            connection.invalidate()
+    Session.rollback(session)
+
+
+def _told(error: BaseException, connection: Connection | None, seal: Seal | None, *, handled: bool) -> BaseException:
+    """Return what *error* means for whoever wanted the transaction."""
+    if connection is None or seal is None:
+        return Transient(str(error)) if is_transient(error) else error
+    if mistake := seal.mistake(error):
+        return mistake
+    if connection.invalidated or seal.is_lost:
+        return Transient(str(error), handled=handled, lost=True)
+    # An error of another database that a handler uses says nothing about ours; it left no trace on our connection.
+    ours = not handled or not seal.closed or not seal.is_whole or any(cause in seal.errors for cause in causes(error))
+    if ours and is_transient(error):
+        return (Conflict if is_conflict(error) else Transient)(str(error), handled=handled)
+    return HandlerMistake(SWALLOWED) if is_aborted(error) else error
 
 
 @contextmanager

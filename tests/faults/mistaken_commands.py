@@ -49,7 +49,7 @@ def never_ask_the_inbox() -> None:
     """Every delivery is new."""
     from outbox.consumer import inbox
 
-    inbox.take = lambda _connection, _service, identities, _now: set(identities)  # type: ignore[assignment]
+    inbox.take = lambda _connection, _service, identities, *_: set(identities)
 
 
 if __name__ == "__main__":

@@ -278,21 +278,6 @@ def test_a_handler_that_commits_past_its_session_leaves_nothing_of_the_batch(sta
     assert stage.settle(*batch) == [Outcome.APPLIED] * 3  # no inbox row was left to call them duplicates
 
 
-@pytest.mark.parametrize("statement", ["COMMIT", "  commit;", "END", "ROLLBACK", "rollback work", "ABORT"])
-def test_a_handler_that_ends_the_transaction_by_sql_leaves_nothing_of_the_batch(stage: Stage, statement: str) -> None:
-    def end(received: Any, session: Any) -> None:
-        if received.data["number"] == 2:
-            session.execute(sa.text(statement))
-
-    stage.recorder.before = end
-    batch = [message(number) for number in (1, 2, 3)]
-    with pytest.raises(HandlerMistake, match=f"called {statement.split()[0].strip(';').upper()}: the runtime commits"):
-        stage.settle(*batch)
-    assert stage.seen == []
-    stage.recorder.before = None
-    assert stage.settle(*batch) == [Outcome.APPLIED] * 3
-
-
 def test_a_handler_may_undo_a_part_by_a_savepoint(stage: Stage) -> None:
     def undo(_received: Any, session: Any) -> None:
         session.execute(sa.text("SAVEPOINT own"))
