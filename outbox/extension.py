@@ -21,8 +21,11 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
+from weakref import WeakSet
 
+from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import Session
 
 from outbox import database, failpoints, fates, holding, message, sessions, settings, trace
 from outbox.capture import Capture, captures, connect
@@ -35,13 +38,13 @@ if TYPE_CHECKING:
     from blinker import Signal
     from flask import Flask
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from sqlalchemy.orm import Session
+    from sqlalchemy.orm import SessionTransaction
 
     from outbox.sessions import Source
 
 _NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-#: Where an application context keeps its `fates.Context`.
-_CONTEXT = "_outbox_context"
+#: Where an application context keeps its `fates.Context`, and a WeakSet of the sessions that began in it.
+_CONTEXT, _BEGUN = "_outbox_context", "_outbox_begun"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ class Outbox:
     With Flask: `Outbox()` and `init_app(app)`; the session is Flask-SQLAlchemy's or -Lite's unless *session* says
     otherwise. Without: `Outbox(session=…, source="/shop")`, where *session* is a Session, a scoped_session, a sessionmaker, or
     a function that returns the current session (an AsyncSession too). A signal whose sender is a session, or an object of
-    one, belongs to that session. *engine* is needed only where one session uses several.
+    one, belongs to that session. For any other sender, where several sessions are open in a request, the one that wrote is
+    meant; where that does not tell, the message is refused. *engine* is needed only where one session uses several.
     Other arguments are settings, by their lower-case names without prefix: `Outbox(max_body="64KiB")`.
 
     A SQLite engine that can be found here or in `init_app` is given to `outbox.database.prepare`.
@@ -169,8 +173,8 @@ class Outbox:
         state = self._state(None)
         if state.outbox is not self:
             raise CaptureError("outbox.send(): the current app has another outbox; send with that one")
-        target = self._target(state, session)
         by = "outbox.send()"
+        target = self._target(state, session, by)
         with holding.dooming(target, by):
             sent = self._sent(state, _build(state.settings, topic, data, key, headers, content_type), unheard, by)
             if isinstance(target, Connection):
@@ -206,7 +210,7 @@ class Outbox:
             if state.outbox is not self:
                 return None  # the app that sends has another outbox, and that one captures
             failpoints.reached("C1")
-            db_session = own or sessions.current(state.session)
+            db_session = own or self._current(state, by)
         with holding.dooming(db_session, by):
             key = None if capture.key is None else capture.key.fill(data)
             built = _build(state.settings, capture.topic, data, key, _NO_HEADERS, JSON)
@@ -215,9 +219,16 @@ class Outbox:
         self._record(sent)
         return built.id
 
-    def _target(self, state: State, given: Any) -> Session | Connection:
+    def _current(self, state: State, by: str) -> Session:
+        """Return the session of what names none: the application's own, unless another one of this context is at work."""
+        usual = sessions.current(state.session)
+        begun = _begun_here(state)
+        others = [each for each in begun if each is not usual and holding.uses_database_of(each, usual, state.given_engine)]
+        return sessions.meant(usual, others, by)
+
+    def _target(self, state: State, given: Any, by: str) -> Session | Connection:
         if given is None:
-            return sessions.current(state.session)
+            return self._current(state, by)
         target = sessions.connection_of(given)
         if isinstance(target, Connection):
             return holding.session_of(target) or target
@@ -399,6 +410,21 @@ def _context_of(state: State) -> fates.Context | None:
     if _CONTEXT not in flask.g:
         setattr(flask.g, _CONTEXT, fates.Context())
     return flask.g.get(_CONTEXT)  # type: ignore[no-any-return]
+
+
+@event.listens_for(Session, "after_transaction_create")
+def _note_begun(session: Session, transaction: SessionTransaction) -> None:
+    """Remember in the application context who begins in it: what is sent for the app may be meant for that session."""
+    flask = sys.modules.get("flask")
+    if transaction.parent is None and flask is not None and flask.has_app_context():
+        flask.g.setdefault(_BEGUN, WeakSet()).add(session)
+
+
+def _begun_here(state: State) -> list[Session]:
+    """Return the sessions whose transaction was begun in the current application context and is open, if it is of *state*."""
+    if _context_of(state) is None:
+        return []
+    return [session for session in sys.modules["flask"].g.get(_BEGUN, ()) if session.in_transaction()]
 
 
 def _end_context(error: BaseException | None) -> None:

@@ -12,7 +12,7 @@ connection itself) a message is written at once: then the database gives it the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from weakref import WeakKeyDictionary
 
@@ -93,11 +93,12 @@ def dooming(target: Session | Connection, by: str) -> Iterator[None]:
         if isinstance(target, Connection):
             _roll_back(target)
         else:
-            _doom(target, f"{by}: {error}")
+            doom(target, f"{by}: {error}")
         raise
 
 
-def _doom(session: Session, reason: str) -> None:
+def doom(session: Session, reason: str) -> None:
+    """Let the innermost transaction of *session* end in nothing but a rollback: a message is missing from it."""
     owner = session.get_nested_transaction() or session.get_transaction()
     if owner is None:
         return  # it has done nothing that could commit without the message
@@ -107,6 +108,43 @@ def _doom(session: Session, reason: str) -> None:
     for used in doing.used.values():
         if used.joined:
             _roll_back(used.connection)  # its owner may commit without asking the session
+
+
+# --- which of several sessions a message belongs to ---------------------------------------------------------------------
+
+
+def has_written(session: Session) -> bool:
+    """Say whether *session* has changed something in its open transaction, flushed or not, or has sent something."""
+    doing = work.known(session)
+    if session.new or session.dirty or session.deleted:
+        return True
+    return doing is not None and (any(used.wrote for used in doing.used.values()) or bool(doing.pending()))
+
+
+def uses_database_of(session: Session, other: Session, engine: Engine | None) -> bool:
+    """Say whether *session* could hold what *other* could; *engine* is the outbox's, None: where *other* puts its tables."""
+    bind = engine or _bind(other, work.of(other))
+    doing = work.of(session)
+    own = list(doing.used) or [_bind(session, doing)]
+    return bind is None or any(found is None or _is_same_database(found.engine, bind.engine) for found in own)
+
+
+def _is_same_database(one: Engine, other: Engine) -> bool:
+    """Say whether the two are of one database, whatever their drivers: an application may have one of each kind."""
+    return one.pool is other.pool or _address(one) == _address(other)
+
+
+def _address(engine: Engine) -> tuple[object, ...]:
+    return engine.dialect.name, engine.url.host, engine.url.port, engine.url.database
+
+
+def pass_over(others: Iterable[Session], chosen: Session) -> None:
+    """Let *others*, which have written nothing, write nothing before *chosen* has committed what it is given now.
+
+    Else it would turn out that the message might have been theirs.
+    """
+    for other in others:
+        work.of(other).passed_over_for.add(work.of(chosen))
 
 
 # --- the life of a transaction ------------------------------------------------------------------------------------------
@@ -296,7 +334,8 @@ def _refuse_autocommit(bind: Engine | Connection) -> None:
 def _refuse_second_database(doing: Work, engine: Engine) -> None:
     """Raise CaptureError if the session wrote elsewhere than in the database of *engine*; where it only read does not count."""
     for used in doing.used.values():
-        if used.wrote and used.connection.engine.pool is not engine.pool:
+        # What others wrote on a connection before the session was joined to it is not known.
+        if (used.wrote or used.joined) and used.connection.engine.pool is not engine.pool:
             raise CaptureError(
                 f"this transaction uses a second database: it wrote to {_name(used.connection.engine)}, and the outbox tables "
                 f"are in {_name(engine)} (another place is said by Outbox(engine=…)). The two can't commit together; write to "

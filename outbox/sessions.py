@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -11,9 +11,10 @@ from weakref import ref
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import InstanceState, Session, SessionTransaction, scoped_session, sessionmaker
 
-from outbox import database
+from outbox import database, holding
 from outbox.errors import CaptureError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -62,6 +63,37 @@ def of_sender(sender: object) -> Session | None:
         return current(sender)  # type: ignore[arg-type]
     state = sa.inspect(sender, raiseerr=False)
     return state.session if isinstance(state, InstanceState) else None
+
+
+def meant(usual: Session, others: Iterable[Session], by: str) -> Session:
+    """Return the session that a message of *by* belongs to which names none: the one that wrote, else the one that is open.
+
+    *usual* is the application's own. Raises CaptureError, naming them, where several of them and *others* could be meant; then
+    none of these can commit.
+    """
+    begun = [session for session in (usual, *others) if session.in_transaction()]
+    if begun in ([], [usual]):
+        return usual
+    found = [session for session in begun if holding.has_written(session)] or begun
+    if len(found) == 1:
+        holding.pass_over((session for session in (usual, *begun) if session is not found[0]), found[0])
+        return found[0]
+    reason = (
+        f"{len(found)} sessions are open here and could be meant: {' and '.join(map(_named, found))}; say which one: "
+        "signal.send(session, …) or outbox.send(…, session=session)"
+    )
+    for session in found:
+        holding.doom(session, f"{by}: {reason}")
+    raise CaptureError(reason)
+
+
+def _named(session: Session) -> str:
+    """Return how a person knows *session* from others: its class, and where it is connected."""
+    try:
+        url = session.get_bind().engine.url.set(query={}).render_as_string()
+    except UnboundExecutionError:
+        url = "several databases"
+    return f"{type(session).__name__} on {url}"
 
 
 def engine_of(given: Source | None) -> Engine | None:

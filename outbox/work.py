@@ -48,8 +48,8 @@ class Used:
     connection: Connection
     #: The session was given it and did not open it: whoever did may end its transaction without a word to the session.
     joined: bool
-    #: Something may have been written on it in this transaction, by whomever.
-    wrote: bool
+    #: Something may have been written on it since, by whomever.
+    wrote: bool = False
     #: The driver was in a transaction since the session holds messages.
     seen_open: bool = False
 
@@ -115,8 +115,8 @@ def end(session: Session) -> None:
 
 
 def begin_on(connection: Connection, work: Work, *, joined: bool) -> None:
-    """Note that *work* goes on on *connection*, too; what others did there before, if *joined*, may be a write."""
-    work.used[connection] = Used(connection, joined, wrote=joined)
+    """Note that *work* goes on on *connection*, too; *joined*: others opened it."""
+    work.used[connection] = Used(connection, joined)
     connection.info[_WORKS] = (*(weak for weak in connection.info.get(_WORKS, ()) if weak() is not None), ref(work))
 
 

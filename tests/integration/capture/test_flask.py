@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 from blinker import NamedSignal, Namespace
 from flask import Flask, current_app
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy.orm import DeclarativeBase, Session
 
 from outbox import CaptureError, ConfigurationError, Outbox, database, migrations, tables
 from tests.integration.capture.conftest import counted
@@ -228,7 +228,159 @@ def test_an_app_without_outbox_or_session_is_told_what_to_do() -> None:
         signal.send(app)
 
 
+# --- several sessions in one request ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(make: Make, postgres_url: str) -> Iterator[Shop]:
+    """A shop on PostgreSQL, where several sessions may be at work at once, with a table."""
+    opened = open_shop(make, postgres_url)
+    with opened.engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE ticket (n integer)"))
+    yield opened
+    opened.engine.dispose()
+
+
+_SELL = sa.text("INSERT INTO ticket VALUES (1)")
+_LOOK = sa.text("SELECT count(*) FROM ticket")
+
+
+def tickets(shop: Shop) -> int:
+    with shop.engine.connect() as connection:
+        return connection.scalar(_LOOK) or 0
+
+
+def send(shop: Shop, way: str) -> None:
+    if way == "signal":
+        shop.signal.send(shop.app, item_id=1)
+    else:
+        shop.outbox.send("item.sold", {"item_id": 1}, key="item:1")
+
+
+WAYS = pytest.mark.parametrize("way", ["signal", "outbox.send"])
+
+
+@WAYS
+@pytest.mark.parametrize("usual_reads", [True, False])
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_session_of_the_views_own_has_the_message_where_only_it_wrote(
+    store: Shop, way: str, usual_reads: bool, end: str
+) -> None:
+    with store.app.app_context(), Session(store.db.engine) as own:
+        if usual_reads:  # a user is loaded
+            store.db.session.execute(_LOOK)
+        own.execute(_SELL)
+        send(store, way)
+        getattr(own, end)()
+        store.db.session.commit()
+    assert (tickets(store), len(store.bodies())) == ((1, 1) if end == "commit" else (0, 0))
+
+
+@WAYS
+def test_the_session_of_the_app_has_the_message_where_another_one_only_read(store: Shop, way: str) -> None:
+    with store.app.app_context(), Session(store.db.engine) as own:
+        own.execute(_LOOK)
+        store.db.session.execute(_SELL)
+        send(store, way)
+        store.db.session.commit()
+    assert (tickets(store), len(store.bodies())) == (1, 1)
+
+
+@WAYS
+@pytest.mark.parametrize("statement", [_SELL, _LOOK], ids=["both wrote", "both read"])
+def test_of_two_sessions_that_could_be_meant_none_is_taken(store: Shop, way: str, statement: sa.TextClause) -> None:
+    with store.app.app_context(), Session(store.db.engine) as own:
+        for session in (store.db.session, own):
+            session.execute(statement)
+        with pytest.raises(
+            CaptureError, match=r"2 sessions are open here .*: Session on postgres.*; say which one: signal\.send\(s"
+        ):
+            send(store, way)
+        for session in (store.db.session, own):
+            with pytest.raises(CaptureError, match="can only be rolled back"):
+                session.commit()
+            session.rollback()
+        store.db.session.execute(_LOOK)
+        own.execute(_SELL)
+        store.signal.send(own, item_id=1)
+        own.commit()
+    assert (tickets(store), len(store.bodies())) == (1, 1)
+
+
+def test_a_session_that_was_passed_over_because_it_had_only_read_does_not_write_after_all(store: Shop) -> None:
+    with store.app.app_context(), Session(store.db.engine) as own:
+        store.db.session.execute(_LOOK)
+        own.execute(_SELL)
+        send(store, "signal")
+        with pytest.raises(
+            CaptureError, match=r"had written nothing when signal 'sold' sent a message, so .*; .* say which one"
+        ):
+            store.db.session.execute(_SELL)
+        own.commit()
+        store.db.session.execute(_SELL)
+        store.db.session.commit()
+    assert (tickets(store), len(store.bodies())) == (2, 1)
+
+
+def test_a_session_of_an_outer_context_is_no_other_session(store: Shop) -> None:
+    """A test that has its own context open around the client's."""
+    with store.app.app_context():
+        store.db.session.execute(_SELL)
+        with store.app.app_context():
+            store.db.session.execute(_SELL)
+            send(store, "signal")
+            store.db.session.commit()
+        store.db.session.rollback()
+    assert (tickets(store), len(store.bodies())) == (1, 1)
+
+
+def test_a_session_on_another_database_is_no_other_session(store: Shop, sqlite_url: str) -> None:
+    other = database.create_engine(sqlite_url)
+    with store.app.app_context(), Session(other) as statistics:
+        statistics.execute(sa.text("CREATE TABLE view (n integer)"))
+        store.db.session.execute(_SELL)
+        send(store, "signal")
+        store.db.session.commit()
+        statistics.commit()
+    assert (tickets(store), len(store.bodies())) == (1, 1)
+    other.dispose()
+
+
 # --- asynchronous -------------------------------------------------------------------------------------------------------
+
+
+@WAYS
+def test_lite_may_have_sessions_of_both_kinds(postgres_url: str, way: str) -> None:
+    """A synchronous one looks something up before the request, and the view works with the asynchronous one."""
+
+    def both(app: Flask, url: str) -> Any:
+        app.config["SQLALCHEMY_ASYNC_ENGINES"] = {"default": url}
+        return with_lite(app, url)
+
+    shop = open_shop(both, postgres_url)
+    db, app = shop.db, shop.app
+    with shop.engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE ticket (n integer)"))
+
+    @app.before_request
+    def look() -> None:
+        db.session.execute(_LOOK)
+
+    @app.post("/async/<end>")
+    async def sell(end: str) -> str:
+        await db.async_session.execute(_SELL)
+        send(shop, way)
+        await getattr(db.async_session, end)()
+        await db.async_session.close()
+        await db.async_engine.dispose()
+        db.session.commit()
+        return "done"
+
+    assert shop.post("/async/commit") == 200
+    assert (tickets(shop), len(shop.bodies())) == (1, 1)
+    assert shop.post("/async/rollback") == 200
+    assert (tickets(shop), len(shop.bodies())) == (1, 1)
+    shop.engine.dispose()
 
 
 def test_lite_may_have_asynchronous_sessions_only(tmp_path: Path) -> None:
