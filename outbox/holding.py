@@ -12,7 +12,7 @@ connection itself) a message is written at once: then the database gives it the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from weakref import WeakKeyDictionary
 
@@ -125,7 +125,7 @@ def uses_database_of(session: Session, other: Session, engine: Engine | None) ->
     """Say whether *session* could hold what *other* could; *engine* is the outbox's, None: where *other* puts its tables."""
     bind = engine or _bind(other, work.of(other))
     doing = work.of(session)
-    own = list(doing.used) or [_bind(session, doing)]
+    own: Sequence[Connection | Engine | None] = list(doing.used) or [_bind(session, doing)]
     return bind is None or any(found is None or _is_same_database(found.engine, bind.engine) for found in own)
 
 
