@@ -57,7 +57,7 @@ class Cause(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A message on its way; `token` (its outbox_pending.id) comes back with the answer."""
+    """A message on its way; `token`, a number of this process, comes back with the answer."""
 
     token: int
     message: Message

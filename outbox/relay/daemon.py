@@ -229,7 +229,7 @@ class Relay:
         if self._database.may_try(now):
             due.append(now + self.shards.keep_in())
             due += [
-                at for at in (self.pump.settle_due_at, self.pump.read_due_at if self._may_read() else None) if at is not None
+                at for at in (self.pump.answers.due_at, self.pump.read_due_at if self._may_read() else None) if at is not None
             ]
         return max(0.0, min(due) - now)
 
@@ -240,7 +240,7 @@ class Relay:
         if self._database.problem:
             self._beat_at = now  # only a write says that it is back: one that is full or was demoted answers reads
         self._keep_shards()
-        settle_at = self.pump.settle_due_at
+        settle_at = self.pump.answers.due_at
         if settle_at is not None and settle_at <= now:
             self.pump.settle()
             self._progress_at = self._clock()
@@ -315,13 +315,13 @@ class Relay:
                     self._report(now)
         while not self._database.within(self._leave) and self._clock() < deadline:
             self._broker.answers(_TURN_SECONDS)
-        unanswered, unsettled = self.pump.lanes.flying, self.pump.unsettled
+        unanswered, unsettled = self.pump.lanes.flying, len(self.pump.answers)
         level = logging.WARNING if unanswered or unsettled else logging.INFO
         rest = f"; {unanswered} unanswered and {unsettled} unsettled messages go out again" if level == logging.WARNING else ""
         say(log, level, "relay.stopped", f"relay {self.id} has stopped{rest}")
 
     def _leave(self) -> None:
-        self.pump.settle()
+        self.pump.settle(even_locked=True)
         self.shards.release()
         with database.autocommitting(self._engine).begin() as connection:
             leases.depart(connection, self.id)

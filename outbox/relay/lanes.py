@@ -21,12 +21,14 @@ from bisect import insort
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import count
 from typing import TYPE_CHECKING
 
 from outbox.tables import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
+    from uuid import UUID
 
     from outbox.relay.broker import Outgoing
     from outbox.store.drain import Row
@@ -51,9 +53,15 @@ class Item:
     size: int
     #: The epoch of the row's shard when it was read.
     epoch: int
+    #: Who it is, whatever number its row has; None where outbox_message has no row for it.
+    message_id: UUID | None = None
+    #: What the broker's answer is known by: a number of this process. A database may give a row's number to another message.
+    token: int = field(default_factory=count(1).__next__)
     place: Place = Place.WAITING
     #: A query made after the row was read found no earlier message of its key.
     proven: bool = False
+    #: It flew when the relay ceased to believe what it knew: its delivery says nothing about its key now.
+    stale: bool = False
     problem: str = ""
 
 
@@ -84,6 +92,8 @@ class Lanes:
         self._items: dict[int, Item] = {}
         self._lanes: dict[str, _Lane] = {}
         self._ready: list[int] = []
+        #: What flies, by token.
+        self._flights: dict[int, Item] = {}
         #: Answered, id → the key it blocks or None; first until its settling is committed, then until a read has shown it.
         self._unsettled: dict[int, str | None] = {}
         self._settled: dict[int, str | None] = {}
@@ -94,7 +104,6 @@ class Lanes:
         #: Keys of which reads leave out the rest → the highest id loaded of each.
         self._saturated: dict[str, int] = {}
         self._revisit: int | None = None
-        self._flying = 0
         self._flying_bytes = 0
         self._bytes = 0
 
@@ -113,7 +122,7 @@ class Lanes:
     @property
     def flying(self) -> int:
         """Messages sent and not answered yet."""
-        return self._flying
+        return len(self._flights)
 
     @property
     def ready(self) -> bool:
@@ -253,7 +262,7 @@ class Lanes:
         window = self._window if limit is None else min(limit, self._window)
         taken: list[Item] = []
         refused: list[int] = []
-        while self._ready and self._flying < window:
+        while self._ready and self.flying < window:
             item = self._items.get(self._ready[0])
             if item is None or item.place is not Place.READY:
                 heapq.heappop(self._ready)
@@ -266,7 +275,7 @@ class Lanes:
                 continue
             self._start(item)
             taken.append(item)
-            while self._flying < window and (following := self._neighbour(item)) and self._fits(following) and allow(following):
+            while self.flying < window and (following := self._neighbour(item)) and self._fits(following) and allow(following):
                 item = following
                 self._start(item)
                 taken.append(item)
@@ -275,7 +284,7 @@ class Lanes:
         return taken
 
     def _fits(self, item: Item) -> bool:
-        return not self._flying or self._flying_bytes + item.size <= self._window_bytes
+        return not self._flights or self._flying_bytes + item.size <= self._window_bytes
 
     def _neighbour(self, item: Item) -> Item | None:
         """Return the message that may fly with *item*, the last one started of its key: the very next, if nothing is wrong."""
@@ -293,7 +302,7 @@ class Lanes:
 
     def _start(self, item: Item) -> None:
         item.place = Place.FLYING
-        self._flying += 1
+        self._flights[item.token] = item
         self._flying_bytes += item.size
         if item.row.key is not None:
             lane = self._lanes[item.row.key]
@@ -304,19 +313,18 @@ class Lanes:
 
     # --- answers ---
 
-    def flying_item(self, id_: int) -> Item | None:
-        """Return the message in flight of that id, if there is one."""
-        item = self._items.get(id_)
-        return item if item is not None and item.place is Place.FLYING else None
+    def flight(self, token: int) -> Item | None:
+        """Return the message in flight of that token, if there is one."""
+        return self._flights.get(token)
+
+    def flights(self) -> list[Item]:
+        """Return what flies, in the order of its start."""
+        return list(self._flights.values())
 
     def done(self, item: Item) -> None:
         """It was delivered: the next of its key may start; its id is remembered until `settled` and a read after it."""
-        key, sequence = item.row.key, item.row.sequence
-        if key is not None and sequence is not None:
-            self._delivered[key] = sequence
-            self._delivered.move_to_end(key)
-            if len(self._delivered) > _MARKS:
-                self._delivered.popitem(last=False)
+        key = item.row.key
+        self._mark(item)
         if item.row.state != State.PENDING:
             self._releasing.add(item.row.id)
         if item.row.state == State.UNROUTABLE:
@@ -326,6 +334,16 @@ class Lanes:
         self._land(item, None)
         if key is not None:
             self._advance(key, self._lanes[key])
+
+    def _mark(self, item: Item) -> None:
+        """Remember how far its key has come."""
+        key, sequence = item.row.key, item.row.sequence
+        if key is None or sequence is None or item.stale:
+            return
+        self._delivered[key] = sequence
+        self._delivered.move_to_end(key)
+        if len(self._delivered) > _MARKS:
+            self._delivered.popitem(last=False)
 
     def hold(self, item: Item) -> None:
         """It was not delivered: what is loaded of its key is dropped and nothing more is loaded until the hold is seen."""
@@ -343,8 +361,7 @@ class Lanes:
 
     def again(self, item: Item) -> None:
         """Nobody knows: it is ready again, before everything else of its key."""
-        self._flying -= 1
-        self._flying_bytes -= item.size
+        self._end(item)
         if item.row.key is None:
             self._make_ready(item)
             return
@@ -371,16 +388,17 @@ class Lanes:
                 self._look_again(id_)
 
     def abandon(self) -> None:
-        """The shards are another relay's: keep only what is in flight or answered, and believe nothing about keys."""
+        """The shards or the database are others now: keep only what is in flight or answered, believe nothing about keys."""
         self.unload(lambda _row: True)
+        for item in self._flights.values():
+            item.stale = True
         self._delivered.clear()
         self._saturated.clear()
         self._revisit = None
 
     def forget(self, item: Item) -> None:
-        """It was in flight when the shards were lost, and nobody knows: whoever owns them reads it again."""
-        self._flying -= 1
-        self._flying_bytes -= item.size
+        """Nobody knows, and it is to be read again, by whoever owns the shard."""
+        self._end(item)
         self._items.pop(item.row.id)
         self._bytes -= item.size
         if item.row.key is not None:
@@ -395,9 +413,12 @@ class Lanes:
         item.place = Place.READY
         heapq.heappush(self._ready, item.row.id)
 
-    def _land(self, item: Item, blocks: str | None) -> None:
-        self._flying -= 1
+    def _end(self, item: Item) -> None:
+        del self._flights[item.token]
         self._flying_bytes -= item.size
+
+    def _land(self, item: Item, blocks: str | None) -> None:
+        self._end(item)
         self._bytes -= item.size
         del self._items[item.row.id]
         self._unsettled[item.row.id] = blocks

@@ -1,11 +1,14 @@
 """One turn of the relay: collect answers, settle them, read, send. The broker's thread publishes while this one reads.
 
 No transaction is open while the broker works. What was answered is kept here until a transaction that settled it has
-committed, however long the database is away; a message known to be confirmed is never sent again by this process.
+committed, however long the database is away; a message known to be confirmed is never sent again by this process, unless
+the database went back in time: then the relay forgets all it knew, and starts from what is there.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 import time
 from collections import Counter
@@ -14,8 +17,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from outbox import database, failpoints
+from outbox.logs import say
 from outbox.message import Message
 from outbox.relay import telemetry, verdict
+from outbox.relay.answers import Answers
 from outbox.relay.broker import Answer, Cause, Outcome, Outgoing
 from outbox.relay.caution import Caution
 from outbox.relay.lanes import Item, Lanes
@@ -34,14 +39,14 @@ if TYPE_CHECKING:
     from outbox.relay.verdict import Policy
     from outbox.store.drain import Row
 
+log = logging.getLogger(__name__)
+
 #: What a message takes in memory and on the wire besides its body, about.
 _ENVELOPE_BYTES = 600
 #: Bytes in flight, bytes of one read, and bytes loaded above which nothing more is read.
 _WINDOW_BYTES, _READ_BYTES, _LOADED_BYTES = 32 << 20, 8 << 20, 64 << 20
 #: Rows of one key in memory: one hot key must not fill it.
 _ROWS_PER_KEY = 100
-#: Answers wait this long for company before they are settled. A commit costs the disk's time, and new messages wait for it.
-_SETTLE_SECONDS = 0.05
 #: While messages flow, and for this long after a wake-up that brought nothing, reads come this close together.
 _WOKEN_READ_SECONDS, _FLOWING_READ_SECONDS = 0.0015, 0.1
 
@@ -81,16 +86,22 @@ class Pump:
         self._relay_id = relay_id
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311
+        self._begin()
+
+    def _begin(self) -> None:
+        """Know nothing yet."""
+        limits, broker = self._limits, self._broker
         rows_per_key = max(1, min(_ROWS_PER_KEY, (limits.window + limits.batch_rows) // 10))
         self.lanes = Lanes(
             window=limits.window, window_bytes=_WINDOW_BYTES, rows_per_key=rows_per_key, neighbours=broker.whole_batches
         )
         self._position = Position()
         self._caution = Caution()
-        self._topics = Topics(unheard_seconds=policy.unheard_seconds)
-        self._confirmed: list[drain.Confirmed] = []
-        self._changes: list[drain.Change] = []
-        self._answered_at = 0.0
+        self._topics = Topics(unheard_seconds=self._policy.unheard_seconds)
+        self.answers = Answers(enough=limits.batch_rows)
+        #: Which database answered last, and the last receipt written there: by them it is known again.
+        self._server = ""
+        self._receipt: int | None = None
         self._own_answers: list[Answer] = []
         self._suspects_fly = False
         self._read_at = 0.0
@@ -117,13 +128,13 @@ class Pump:
         lost: list[tuple[Item, Answer]] = []
         published: Counter[str] = Counter()
         for answer in answers:
-            item = self.lanes.flying_item(answer.token)
+            item = self.lanes.flight(answer.token)
             if item is None:
                 continue
             if answer.outcome in (Outcome.LOST, Outcome.NOT_SENT):
                 lost.append((item, answer))
                 continue
-            self._caution.passed(answer.token)
+            self._caution.passed(item.row.id)
             if answer.outcome is Outcome.CONFIRMED:
                 failpoints.reached("R3")
                 published[item.row.topic] += 1
@@ -147,18 +158,13 @@ class Pump:
             message = item.outgoing.message
             age = max(0.0, (wall - message.created_at).total_seconds())
             telemetry.DELIVERY.observe(age)
-            self._confirmed.append(drain.Confirmed(row.id, row.message_row, message.id, age, answer.seconds))
+            self.answers.add(drain.Confirmed(row.id, row.message_row, message.id, age, answer.seconds), now)
             self.lanes.done(item)
         elif isinstance(decided, verdict.Hold):
-            self._changes.append(
-                drain.Change(
-                    row.id, row.shard, item.epoch, decided.state, decided.attempts, decided.wait_seconds, decided.error
-                )
-            )
+            self.answers.add(_change(item, decided), now)
             self.lanes.hold(item)
             if decided.state is State.DEAD:
                 self._caution.given_up(row.id)
-        self._answered_at = self._answered_at or now
         if self._topics.answered(row, answer.outcome, now):
             self.lanes.unload(self._topics.stopped)
             self._position.want_full()
@@ -171,7 +177,7 @@ class Pump:
         culprits = self._caution.lost(closed, were_flying=were_flying, blamed=blamed)
         for item, answer in lost:
             telemetry.FAILURES.labels(telemetry.reason(answer)).inc()
-            if self._shards.epochs.get(item.row.shard, 0) != item.epoch:
+            if item.stale or self._shards.epochs.get(item.row.shard, 0) != item.epoch:
                 self.lanes.forget(item)
             elif item.row.id in culprits:
                 detail = f"the connection is lost whenever it is sent: {answer.detail}"
@@ -181,30 +187,53 @@ class Pump:
 
     # --- settling ---
 
-    @property
-    def settle_due_at(self) -> float | None:
-        """When the answers at hand should be settled; None without any."""
-        if not self._confirmed and not self._changes:
-            return None
-        enough = len(self._confirmed) + len(self._changes) >= self._limits.batch_rows
-        return self._answered_at if enough else self._answered_at + _SETTLE_SECONDS
+    def settle(self, *, even_locked: bool = False) -> None:
+        """Record the answers at hand in one transaction; on an error of the database they stay at hand.
 
-    @property
-    def unsettled(self) -> int:
-        """How many answers are at hand."""
-        return len(self._confirmed) + len(self._changes)
-
-    def settle(self) -> None:
-        """Record all answers at hand in one transaction; on an error of the database they stay at hand."""
-        if not self._confirmed and not self._changes:
+        So do those whose rows somebody has locked, for a while; *even_locked*: these are tried at once.
+        """
+        now = self._clock()
+        confirmed, changes = self.answers.due(math.inf if even_locked else now)
+        if not confirmed and not changes:
             return
         with self._engine.begin() as connection:
-            drain.settle(connection, self._relay_id, self._confirmed, self._changes)
+            settled = drain.settle(connection, self._relay_id, confirmed, changes, receipt_id=self._receipt)
         failpoints.reached("R6")
-        self.lanes.settled([*(each.id for each in self._confirmed), *(each.id for each in self._changes)])
-        self._confirmed, self._changes = [], []
-        self._answered_at = 0.0
+        self._receipt = settled.receipt or self._receipt
+        tried = {each.id for each in confirmed} | {each.id for each in changes}
+        self.lanes.settled(self.answers.settled(tried, settled.locked, now))
         self.exhausted = False
+        if settled.strangers:
+            self._start_anew(f"{len(settled.strangers)} of its rows are of other messages than before")
+        elif self._knows(settled.world) and settled.gone:
+            self.abandon()  # for whatever reason: there is something that we don't know
+
+    def _knows(self, world: drain.World) -> bool:
+        """Say whether *world* is the database that what we know of keys is about; if it is not, know nothing any more.
+
+        Rows are deleted and changed by their message ids, whatever is believed here. But a database that went back numbers
+        messages of a key anew: what was delivered there before says nothing about them.
+        """
+        if not world.remembers:
+            self._start_anew(f"it does not have receipt {self._receipt} of this relay")
+            return False
+        known, self._server = self._server, world.server
+        if known in ("", world.server):
+            return True
+        self.abandon()
+        self._caution = Caution()
+        return False
+
+    def _start_anew(self, sign: str) -> None:
+        say(
+            log,
+            logging.WARNING,
+            "database.went_back",
+            f"the database went back in time (restored, or a standby that lacked the last commits): {sign}; the relay forgets "
+            "what it knew and starts from what is there: messages may arrive twice",
+        )
+        self._begin()
+        self._shards.look_now()
 
     # --- reading ---
 
@@ -242,6 +271,8 @@ class Pump:
             began = self._clock()
             rows = drain.read(connection, after=after, limit=room, exclude=exclude)
             ended = self._clock()
+            if rows and not self._knows(drain.world(connection, self._relay_id, self._receipt)):
+                return 0
             self.lanes.read_returned(settled)
             self._position.returned(after, rows[-1].id if rows else None, began=began, ended=ended)
             chosen = self.lanes.choose(rows)
@@ -269,11 +300,13 @@ class Pump:
 
     def _item(self, row: Row, content: drain.Content) -> Item:
         message = content.found.get(row.message_row)
-        epoch = self._shards.epochs.get(row.shard, 0)
+        item = Item(row, None, _ENVELOPE_BYTES, self._shards.epochs.get(row.shard, 0), content.ids.get(row.message_row))
         if isinstance(message, Message):
-            return Item(row, Outgoing(row.id, message), len(message.body) + _ENVELOPE_BYTES, epoch)
-        problem = str(message) if message is not None else f"its row {row.message_row} of outbox_message is gone"
-        return Item(row, None, _ENVELOPE_BYTES, epoch, problem=problem)
+            item.outgoing = Outgoing(item.token, message)
+            item.size += len(message.body)
+        else:
+            item.problem = str(message) if message is not None else f"its row {row.message_row} of outbox_message is gone"
+        return item
 
     def _plan_next_read(self, began: float, found: int, *, more: bool) -> None:
         now = self._clock()
@@ -307,7 +340,7 @@ class Pump:
             return 0
         taken = self._take()
         batch = [item.outgoing for item in taken if item.outgoing is not None]
-        self._own_answers += [Answer(item.row.id, Outcome.REFUSED, item.problem) for item in taken if item.outgoing is None]
+        self._own_answers += [Answer(item.token, Outcome.REFUSED, item.problem) for item in taken if item.outgoing is None]
         if batch:
             self._broker.send(batch)
         return len(taken)
@@ -327,6 +360,21 @@ class Pump:
                 self._suspects_fly = True
                 return self.lanes.take(lambda item: item.row.id in suspects, limit=caution.group)
         return self.lanes.take(_anything)
+
+
+def _change(item: Item, decided: verdict.Hold) -> drain.Change:
+    row = item.row
+    return drain.Change(
+        id=row.id,
+        message_id=item.message_id,
+        shard=row.shard,
+        epoch=item.epoch,
+        was=(row.state, row.attempts),
+        state=decided.state,
+        attempts=decided.attempts,
+        wait_seconds=decided.wait_seconds,
+        error=decided.error,
+    )
 
 
 def _anything(_item: Item) -> bool:

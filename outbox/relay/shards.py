@@ -56,6 +56,10 @@ class Shards:
         """Return in how many seconds `keep` has something to do."""
         return max(0.0, self._look_at - self._clock())
 
+    def look_now(self) -> None:
+        """Let the next `keep` ask the database, however lately it did."""
+        self._look_at = 0.0
+
     def keep(self) -> bool:
         """Take or renew the shards if it is time to; returns True when they were just taken or just lost."""
         asked_at = self._clock()

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from outbox import database, tables
 from outbox.errors import InvalidMessage
 from outbox.message import Message
-from outbox.store import drain, leases
+from outbox.store import drain, leases, locks
 from outbox.store.drain import Change, Confirmed, Exclusions
 from outbox.tables import State
 from tests.builders import message, write, write_message, write_pending
@@ -151,8 +151,9 @@ def test_messages_come_by_row_number_as_they_were_stored(engine: Engine) -> None
         row = write_message(connection, one, 7)
         connection.execute(sa.update(tables.message).values(headers='{"traceparent": "00-1"}'))
     with engine.connect() as connection:
-        found, postponed = drain.messages(connection, [row], max_bytes=1000)
+        found, ids, postponed = drain.messages(connection, [row], max_bytes=1000)
     got = found[row]
+    assert ids == {row: one.id}
     assert isinstance(got, Message)
     assert got.sequence == 7
     assert (got.id, got.body, got.headers, got.created_at) == (one.id, one.body, {"traceparent": "00-1"}, one.created_at)
@@ -163,11 +164,11 @@ def test_bodies_are_bounded_by_bytes_and_the_rest_is_postponed(engine: Engine) -
     with engine.begin() as connection:
         rows = [write_message(connection, message(body=b"x" * 100), None) for _ in range(5)]
     with engine.connect() as connection:
-        found, postponed = drain.messages(connection, rows, max_bytes=250)
+        found, _, postponed = drain.messages(connection, rows, max_bytes=250)
         assert (list(found), postponed) == (rows[:3], frozenset(rows[3:]))
-        alone, _ = drain.messages(connection, rows, max_bytes=1)
+        alone, _, _ = drain.messages(connection, rows, max_bytes=1)
         assert list(alone) == rows[:1]
-        everything, none = drain.messages(connection, rows, max_bytes=500)
+        everything, _, none = drain.messages(connection, rows, max_bytes=500)
         assert (list(everything), none) == (rows, frozenset())
 
 
@@ -175,7 +176,7 @@ def test_a_missing_message_is_neither_found_nor_postponed(engine: Engine) -> Non
     with engine.begin() as connection:
         row = write_message(connection, message(), None)
     with engine.connect() as connection:
-        found, postponed = drain.messages(connection, [row, row + 1], max_bytes=1000)
+        found, _, postponed = drain.messages(connection, [row, row + 1], max_bytes=1000)
     assert (list(found), postponed) == ([row], frozenset())
 
 
@@ -185,7 +186,7 @@ def test_a_stored_row_that_can_be_no_message_is_told_from_the_others(engine: Eng
         rows = [write_message(connection, message(), None) for _ in range(2)]
         connection.execute(sa.update(tables.message).where(tables.message.c.id == rows[0]).values(**broken))
     with engine.connect() as connection:
-        found, _ = drain.messages(connection, rows, max_bytes=1000)
+        found, _, _ = drain.messages(connection, rows, max_bytes=1000)
     assert isinstance(found[rows[0]], InvalidMessage)
     assert isinstance(found[rows[1]], Message)
 
@@ -250,7 +251,7 @@ def confirmed(engine: Engine, *ids: int) -> list[Confirmed]:
         return [Confirmed(id_, row, message_id, 1.5, 0.25) for id_, row, message_id in rows]
 
 
-def settle(engine: Engine, done: list[Confirmed], changes: list[Change] | None = None, relay: str = "me") -> int:
+def settle(engine: Engine, done: list[Confirmed], changes: list[Change] | None = None, relay: str = "me") -> drain.Settled:
     with engine.begin() as connection:
         return drain.settle(connection, relay, done, changes or [])
 
@@ -259,7 +260,7 @@ def test_a_confirmed_row_is_deleted_and_its_receipt_says_when_by_whom_and_which(
     one, two = message(), message()
     ids = written(engine, one, two)
     done = confirmed(engine, *ids)
-    assert settle(engine, done) == 2
+    assert settle(engine, done).deleted == 2
     assert states(engine) == {}
     with engine.connect() as connection:
         receipt = connection.execute(sa.select(tables.receipt)).one()
@@ -274,8 +275,9 @@ def test_settling_again_after_an_unknown_commit_counts_nothing_twice(engine: Eng
     ids = written(engine, message(), message(), message())
     done = confirmed(engine, *ids)
     settle(engine, done[:2])
-    assert settle(engine, done) == 1
-    assert settle(engine, done) == 0
+    again = settle(engine, done)
+    assert (again.deleted, again.gone) == (1, frozenset(ids[:2]))
+    assert settle(engine, done).deleted == 0
     with engine.connect() as connection:
         assert connection.scalar(sa.select(sa.func.sum(tables.receipt.c.messages))) == 3
         assert connection.scalar(sa.select(sa.func.count()).select_from(tables.receipt)) == 2
@@ -289,18 +291,19 @@ def test_a_confirm_is_recorded_whoever_owns_the_shard(engine: Engine) -> None:
     assert states(engine) == {}
 
 
-def change(id_: int, shard: int, epoch: int, state: State = State.RETRYING, wait: float = 60.0) -> Change:
-    return Change(id_, shard, epoch, state, 3, wait, "a queue refused it")
+def change(each: Message, id_: int, shard: int, epoch: int, was: State = State.PENDING) -> Change:
+    return Change(id_, each.id, shard, epoch, (was, 0), State.RETRYING, 3, 60.0, "a queue refused it")
 
 
 def test_an_undelivered_row_waits_with_its_reason(engine: Engine) -> None:
-    (id_,) = written(engine, keyed())
+    each = keyed()
+    (id_,) = written(engine, each)
     with engine.begin() as connection:
         epochs = leases.take(connection, "me", 60.0)
         assert isinstance(epochs, dict)
         shard = connection.scalar(sa.select(tables.pending.c.shard))
         assert shard is not None
-    settle(engine, [], [change(id_, shard, epochs[shard])])
+    settle(engine, [], [change(each, id_, shard, epochs[shard])])
     assert read(engine) == []  # not due for a minute
     with engine.connect() as connection:
         row = connection.execute(sa.select(tables.pending)).one()
@@ -309,25 +312,101 @@ def test_an_undelivered_row_waits_with_its_reason(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("relay", "epoch_off"), [("me", 1), ("me", -1), ("another", 0)])
 def test_a_relay_that_lost_its_shard_changes_nothing(engine: Engine, relay: str, epoch_off: int) -> None:
-    (id_,) = written(engine, message())
+    each = message()
+    (id_,) = written(engine, each)
     with engine.begin() as connection:
         epochs = leases.take(connection, "me", 60.0)
         assert isinstance(epochs, dict)
         shard = connection.scalar(sa.select(tables.pending.c.shard))
         assert shard is not None
-    settle(engine, [], [change(id_, shard, epochs[shard] + epoch_off)], relay)
+    settle(engine, [], [change(each, id_, shard, epochs[shard] + epoch_off)], relay)
     assert states(engine) == {id_: "pending"}
 
 
 def test_a_message_a_person_discarded_meanwhile_stays_discarded(engine: Engine) -> None:
-    (id_,) = written(engine, message(), state=State.DISCARDED)
+    each = message()
+    (id_,) = written(engine, each, state=State.DISCARDED)
     with engine.begin() as connection:
         epochs = leases.take(connection, "me", 60.0)
         assert isinstance(epochs, dict)
         shard = connection.scalar(sa.select(tables.pending.c.shard))
         assert shard is not None
-    settle(engine, [], [change(id_, shard, epochs[shard])])
+    settle(engine, [], [change(each, id_, shard, epochs[shard])])
     assert states(engine) == {id_: "discarded"}
+
+
+def test_a_row_of_another_message_under_a_remembered_id_is_neither_deleted_nor_changed(engine: Engine) -> None:
+    """A database that went back in time draws the same ids again, and its shards have the same owner and epoch."""
+    one, two, stranger, other = (keyed(key=key) for key in ("a", "b", "c", "d"))
+    ids = written(engine, stranger, other)
+    shard, epoch = owned(engine)
+    answer = Confirmed(ids[0], 1, one.id, 0.0, 0.0)
+    found = settle(engine, [answer], [change(two, ids[1], shard, epoch)])
+    assert (found.strangers, found.deleted, found.receipt) == (frozenset(ids), 0, None)
+    assert states(engine) == dict.fromkeys(ids, "pending")
+
+
+def test_a_database_without_the_last_receipt_does_not_remember(engine: Engine) -> None:
+    ids = written(engine, message(), message())
+    done = confirmed(engine, *ids)
+    first = settle(engine, done[:1])
+    assert first.world.remembers
+    assert first.receipt is not None
+    with engine.begin() as connection:
+        assert drain.settle(connection, "me", [], [], receipt_id=first.receipt).world.remembers
+        assert not drain.settle(connection, "me", [], [], receipt_id=first.receipt + 1).world.remembers
+        assert not drain.settle(connection, "another", [], [], receipt_id=first.receipt).world.remembers
+
+
+def owned(engine: Engine, relay: str = "me") -> tuple[int, int]:
+    """Let *relay* take the shards; return the shard of the first row, and its epoch."""
+    with engine.begin() as connection:
+        epochs = leases.take(connection, relay, 60.0)
+        assert isinstance(epochs, dict)
+        shard = connection.scalar(sa.select(tables.pending.c.shard).order_by(tables.pending.c.id).limit(1))
+        assert shard is not None
+        return shard, epochs[shard]
+
+
+def test_what_a_person_requeued_meanwhile_stays_requeued(engine: Engine) -> None:
+    each = message()
+    (id_,) = written(engine, each)
+    settle(engine, [], [change(each, id_, *owned(engine), was=State.RETRYING)])
+    assert states(engine) == {id_: "pending"}
+
+
+@pytest.mark.postgres
+def test_rows_that_somebody_has_locked_are_left_and_the_others_are_settled(postgres: Engine) -> None:
+    messages = [message() for _ in range(4)]
+    ids = written(postgres, *messages)
+    done = confirmed(postgres, ids[0], ids[1])
+    shard, epoch = owned(postgres)
+    with postgres.connect() as person:
+        person.execute(sa.select(tables.pending).where(tables.pending.c.id.in_([ids[1], ids[3]])).with_for_update())
+        changes = [change(messages[n], ids[n], shard, epoch) for n in (2, 3)]
+        found = settle(postgres, done, changes)
+        assert (found.locked, found.deleted, found.gone) == (frozenset([ids[1], ids[3]]), 1, frozenset())
+        with postgres.connect() as connection:
+            assert any(f"process {backend(person)}" in words for words in locks.holders(connection, [ids[1]]))
+            assert locks.holders(connection, [ids[2]]) == []
+    assert states(postgres) == {ids[1]: "pending", ids[2]: "retrying", ids[3]: "pending"}
+
+
+def backend(connection: sa.Connection) -> int:
+    return int(connection.scalar(sa.select(sa.func.pg_backend_pid())) or 0)
+
+
+@pytest.mark.postgres
+def test_a_shard_cannot_be_taken_between_the_look_at_its_owner_and_the_commit_of_a_change(postgres: Engine) -> None:
+    each = message()
+    (id_,) = written(postgres, each)
+    shard, epoch = owned(postgres)
+    with postgres.connect() as old, postgres.connect() as new:
+        drain.settle(old, "me", [], [change(each, id_, shard, epoch)])
+        new.execute(sa.text("SET LOCAL lock_timeout = '50ms'"))
+        with pytest.raises(sa.exc.OperationalError, match="lock timeout"):
+            new.execute(sa.update(tables.shard).where(tables.shard.c.id == shard).values(owner="you", epoch=epoch + 1))
+        old.commit()
 
 
 # --- census ---

@@ -58,11 +58,11 @@ class Unreliable:
         self._settle = drain.settle
         monkeypatch.setattr(drain, "settle", self)
 
-    def __call__(self, connection: Connection, *arguments: Any) -> int:
+    def __call__(self, connection: Connection, *arguments: Any, **more: Any) -> drain.Settled:
         failure = self.failures.pop(0) if self.failures else ""
         if failure == "before":
             raise down()
-        settled = self._settle(connection, *arguments)
+        settled = self._settle(connection, *arguments, **more)
         if failure == "after":
             connection.commit()
             raise down()

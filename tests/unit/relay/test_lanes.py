@@ -33,9 +33,7 @@ def take(of: Lanes, limit: int | None = None) -> list[int]:
 
 
 def flying(of: Lanes, id: int) -> Item:
-    found = of.flying_item(id)
-    assert found is not None
-    return found
+    return next(each for each in of.flights() if each.row.id == id)
 
 
 def test_messages_without_a_key_fill_the_window_in_order_of_their_ids() -> None:

@@ -211,7 +211,7 @@ class LanesModel:
         self.unsettled = []
 
     def flying(self) -> list[Item]:
-        return [item for id_ in self.lanes.known() if (item := self.lanes.flying_item(id_)) is not None]
+        return self.lanes.flights()
 
     # --- what always holds ---
 
