@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outbox.backoff import Backoff
-from outbox.store.drain import Change, Confirmed
+from outbox.store.settling import Change, Confirmed
 
 if TYPE_CHECKING:
     from collections.abc import Collection

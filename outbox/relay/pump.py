@@ -26,7 +26,7 @@ from outbox.relay.caution import Caution
 from outbox.relay.lanes import Item, Lanes
 from outbox.relay.position import Position
 from outbox.relay.topics import Topics
-from outbox.store import drain
+from outbox.store import drain, settling
 from outbox.tables import State
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Pump:
             message = item.outgoing.message
             age = max(0.0, (wall - message.created_at).total_seconds())
             telemetry.DELIVERY.observe(age)
-            self.answers.add(drain.Confirmed(row.id, row.message_row, message.id, age, answer.seconds), now)
+            self.answers.add(settling.Confirmed(row.id, row.message_row, message.id, age, answer.seconds), now)
             self.lanes.done(item)
         elif isinstance(decided, verdict.Hold):
             self.answers.add(_change(item, decided), now)
@@ -197,7 +197,7 @@ class Pump:
         if not confirmed and not changes:
             return
         with self._engine.begin() as connection:
-            settled = drain.settle(connection, self._relay_id, confirmed, changes, receipt_id=self._receipt)
+            settled = settling.settle(connection, self._relay_id, confirmed, changes, receipt_id=self._receipt)
         failpoints.reached("R6")
         self._receipt = settled.receipt or self._receipt
         tried = {each.id for each in confirmed} | {each.id for each in changes}
@@ -208,7 +208,7 @@ class Pump:
         elif self._knows(settled.world) and settled.gone:
             self.abandon()  # for whatever reason: there is something that we don't know
 
-    def _knows(self, world: drain.World) -> bool:
+    def _knows(self, world: settling.World) -> bool:
         """Say whether *world* is the database that what we know of keys is about; if it is not, know nothing any more.
 
         Rows are deleted and changed by their message ids, whatever is believed here. But a database that went back numbers
@@ -271,7 +271,7 @@ class Pump:
             began = self._clock()
             rows = drain.read(connection, after=after, limit=room, exclude=exclude)
             ended = self._clock()
-            if rows and not self._knows(drain.world(connection, self._relay_id, self._receipt)):
+            if rows and not self._knows(settling.world(connection, self._relay_id, self._receipt)):
                 return 0
             self.lanes.read_returned(settled)
             self._position.returned(after, rows[-1].id if rows else None, began=began, ended=ended)
@@ -362,9 +362,9 @@ class Pump:
         return self.lanes.take(_anything)
 
 
-def _change(item: Item, decided: verdict.Hold) -> drain.Change:
+def _change(item: Item, decided: verdict.Hold) -> settling.Change:
     row = item.row
-    return drain.Change(
+    return settling.Change(
         id=row.id,
         message_id=item.message_id,
         shard=row.shard,

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from outbox.cli import main
-from outbox.store import drain
+from outbox.store import settling
 
 if TYPE_CHECKING:
     from outbox.relay.lanes import Item
@@ -22,8 +22,8 @@ def settle_before_confirm() -> None:
         items = take(self)
         messages = [(item.row, item.outgoing.message) for item in items if item.outgoing is not None]
         with self._engine.begin() as connection:
-            done = [drain.Confirmed(row.id, row.message_row, message.id, 0.0, 0.0) for row, message in messages]
-            drain.settle(connection, self._relay_id, done, [])
+            done = [settling.Confirmed(row.id, row.message_row, message.id, 0.0, 0.0) for row, message in messages]
+            settling.settle(connection, self._relay_id, done, [])
         return items
 
     Pump._take = take_and_settle  # type: ignore[method-assign]

@@ -12,8 +12,9 @@ import sqlalchemy as sa
 from outbox import database, tables
 from outbox.errors import InvalidMessage
 from outbox.message import Message
-from outbox.store import drain, leases, locks
-from outbox.store.drain import Change, Confirmed, Exclusions
+from outbox.store import drain, leases, locks, settling
+from outbox.store.drain import Exclusions
+from outbox.store.settling import Change, Confirmed
 from outbox.tables import State
 from tests.builders import message, write, write_message, write_pending
 
@@ -251,9 +252,9 @@ def confirmed(engine: Engine, *ids: int) -> list[Confirmed]:
         return [Confirmed(id_, row, message_id, 1.5, 0.25) for id_, row, message_id in rows]
 
 
-def settle(engine: Engine, done: list[Confirmed], changes: list[Change] | None = None, relay: str = "me") -> drain.Settled:
+def settle(engine: Engine, done: list[Confirmed], changes: list[Change] | None = None, relay: str = "me") -> settling.Settled:
     with engine.begin() as connection:
-        return drain.settle(connection, relay, done, changes or [])
+        return settling.settle(connection, relay, done, changes or [])
 
 
 def test_a_confirmed_row_is_deleted_and_its_receipt_says_when_by_whom_and_which(engine: Engine) -> None:
@@ -353,9 +354,9 @@ def test_a_database_without_the_last_receipt_does_not_remember(engine: Engine) -
     assert first.world.remembers
     assert first.receipt is not None
     with engine.begin() as connection:
-        assert drain.settle(connection, "me", [], [], receipt_id=first.receipt).world.remembers
-        assert not drain.settle(connection, "me", [], [], receipt_id=first.receipt + 1).world.remembers
-        assert not drain.settle(connection, "another", [], [], receipt_id=first.receipt).world.remembers
+        assert settling.settle(connection, "me", [], [], receipt_id=first.receipt).world.remembers
+        assert not settling.settle(connection, "me", [], [], receipt_id=first.receipt + 1).world.remembers
+        assert not settling.settle(connection, "another", [], [], receipt_id=first.receipt).world.remembers
 
 
 def owned(engine: Engine, relay: str = "me") -> tuple[int, int]:
@@ -402,7 +403,7 @@ def test_a_shard_cannot_be_taken_between_the_look_at_its_owner_and_the_commit_of
     (id_,) = written(postgres, each)
     shard, epoch = owned(postgres)
     with postgres.connect() as old, postgres.connect() as new:
-        drain.settle(old, "me", [], [change(each, id_, shard, epoch)])
+        settling.settle(old, "me", [], [change(each, id_, shard, epoch)])
         new.execute(sa.text("SET LOCAL lock_timeout = '50ms'"))
         with pytest.raises(sa.exc.OperationalError, match="lock timeout"):
             new.execute(sa.update(tables.shard).where(tables.shard.c.id == shard).values(owner="you", epoch=epoch + 1))

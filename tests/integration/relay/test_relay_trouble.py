@@ -16,7 +16,7 @@ from outbox.relay.broker import Outcome
 from outbox.relay.daemon import Mode, Relay, open_database
 from outbox.relay.embedded import EmbeddedBroker
 from outbox.relay.rabbitmq import RabbitBroker
-from outbox.store import drain, leases
+from outbox.store import drain, leases, settling
 from outbox.tables import State
 from tests.builders import message, write
 from tests.fakes import FakeBroker
@@ -55,10 +55,10 @@ class Unreliable:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *failures: str) -> None:
         self.failures = list(failures)
-        self._settle = drain.settle
-        monkeypatch.setattr(drain, "settle", self)
+        self._settle = settling.settle
+        monkeypatch.setattr(settling, "settle", self)
 
-    def __call__(self, connection: Connection, *arguments: Any, **more: Any) -> drain.Settled:
+    def __call__(self, connection: Connection, *arguments: Any, **more: Any) -> settling.Settled:
         failure = self.failures.pop(0) if self.failures else ""
         if failure == "before":
             raise down()
@@ -108,8 +108,8 @@ def test_while_the_database_is_away_what_is_loaded_goes_out_and_is_settled_later
         def fail(*_: object, **__: object) -> None:
             raise down()
 
-        for name in ("read", "settle", "predecessors"):
-            away.setattr(drain, name, fail)
+        for module, name in ((drain, "read"), (drain, "predecessors"), (settling, "settle")):
+            away.setattr(module, name, fail)
         away.setattr(leases, "renew", fail)
         stage.broker.script = lambda _: Outcome.CONFIRMED
         stage.broker.answer(stage.broker.flying[0])
@@ -126,11 +126,11 @@ def test_without_a_database_nothing_is_sent_beyond_the_lease(engine: Engine, mon
     stage.until(lambda: len(stage.broker.flying) == 1)
     with monkeypatch.context() as away:
 
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise down()
 
         away.setattr(leases, "renew", fail)
-        away.setattr(drain, "settle", fail)
+        away.setattr(settling, "settle", fail)
         stage.clock.now += 16.0
         stage.broker.answer(stage.broker.flying[0])
         stage.turn(20)

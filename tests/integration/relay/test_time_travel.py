@@ -165,11 +165,11 @@ def test_a_database_that_only_restarted_forgets_nothing_and_nothing_is_sent_twic
     stage = Stage(postgres, lambda _: None if stage.delivered() else Outcome.CONFIRMED)
     stage.write(*(keyed("a") for _ in range(4)), *(keyed("b") for _ in range(4)))
     stage.until(lambda: stage.published_total() == 1 and stage.broker.flying)
-    from outbox.store import drain
+    from outbox.store import settling
 
-    honest = drain.world
+    honest = settling.world
     with monkeypatch.context() as patch:
-        patch.setattr(drain, "world", lambda *arguments: honest(*arguments)._replace(server="started later"))
+        patch.setattr(settling, "world", lambda *arguments: honest(*arguments)._replace(server="started later"))
         stage.broker.script = lambda _: Outcome.CONFIRMED
         for each in stage.broker.flying:
             stage.broker.answer(each)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from outbox.message import new_id
 from outbox.relay.answers import Answers
-from outbox.store.drain import Change, Confirmed
+from outbox.store.settling import Change, Confirmed
 from outbox.tables import State
 
 
