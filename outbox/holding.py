@@ -43,7 +43,7 @@ def hold(session: Session, engine: Engine | None, sent: Sent) -> None:
     bind = _bind(session, doing)
     used = None if bind is None else _used(doing, bind)
     if bind is not None:
-        _refuse_autocommit(bind if used is None else used.connection)
+        _refuse_unsafe(bind if used is None else used.connection)
         _refuse_second_database(doing, bind.engine)
         _refuse_savepoint_without_begin(session, doing, bind, used)
     level = doing.level(transaction)
@@ -63,7 +63,7 @@ def hold_on_connection(connection: Connection, sent: Sent) -> None:
     """Write *sent* at once in the transaction that is open on *connection*."""
     if not connection.in_transaction():
         raise CaptureError("no transaction is open on the connection; send inside `with connection.begin():`")
-    _refuse_autocommit(connection)
+    _refuse_unsafe(connection)
     with _on_greenlet():
         if connection.dialect.name == "sqlite":
             _secure_sqlite(connection, had_savepoint=False)
@@ -323,11 +323,16 @@ def _refuse_doomed(level: Level) -> None:
         raise CaptureError(f"a message could not be captured, so this can only be rolled back: {level.doomed}")
 
 
-def _refuse_autocommit(bind: Engine | Connection) -> None:
+def _refuse_unsafe(bind: Engine | Connection) -> None:
     if database.autocommits(bind):
         raise CaptureError(
             "the connection is in AUTOCOMMIT: every statement commits by itself, so the message could be sent without the "
             "rows beside it; use an engine with transactions"
+        )
+    if isinstance(bind, Connection) and database.is_foreign(bind):
+        raise CaptureError(
+            "the connection was made by the process that this one was forked from, which may use it at the same time; open "
+            "sessions and connections after the fork"
         )
 
 
@@ -413,7 +418,7 @@ def _used_by_root(session: Session, doing: Work) -> Used:
 
 
 def _refuse_on(connection: Connection, doing: Work) -> None:
-    _refuse_autocommit(connection)
+    _refuse_unsafe(connection)
     _refuse_second_database(doing, connection.engine)
 
 

@@ -14,6 +14,7 @@ from outbox.database.engines import (
     synchronous,
 )
 from outbox.database.errors import Meaning, first_line, meaning
+from outbox.database.forks import is_foreign
 
 __all__ = [
     "Meaning",
@@ -25,6 +26,7 @@ __all__ = [
     "create_engine",
     "first_line",
     "in_transaction",
+    "is_foreign",
     "is_prepared",
     "meaning",
     "prepare",

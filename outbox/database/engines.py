@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
 
-from outbox.database import dialects
+from outbox.database import dialects, forks
 from outbox.database.dialects import Role, autocommits
 from outbox.errors import ConfigurationError
 
@@ -67,7 +67,8 @@ def prepare(engine: AnyEngine) -> AnyEngine:
     writer before it waits 30 seconds instead of the driver's five, because transactions that only read wait now, too.
     Foreign keys, journal mode, `synchronous` and any other time to wait stay the application's choice: whatever they are, a
     message has the fate of the rows beside it. Elsewhere connections to a demoted primary are dropped; timeouts, keepalives and
-    prepared statements stay the application's choice. Raises ConfigurationError for a database or driver that is not supported.
+    prepared statements stay the application's choice. A child of this process gets connections of its own. Raises
+    ConfigurationError for a database or driver that is not supported.
     """
     if not is_prepared(synchronous(engine)):
         _prepare(synchronous(engine))
@@ -83,6 +84,7 @@ def _prepare(engine: Engine) -> None:
     dialect = dialects.of_engine(engine)
     engine.update_execution_options(**{dialects.PREPARED: True})
     dialect.prepare(engine)
+    forks.watch(engine)
 
 
 def reading(engine: Engine) -> Engine:
