@@ -115,7 +115,7 @@ class Context:
         self.place.require_file()
         with self.place.naming(), self.engine.connect() as plain:
             connection = plain.execution_options(outbox_read_only=True)
-            give_up_on_locks(connection)
+            prepare_transaction(connection)
             migrations.check(connection)
             yield connection
 
@@ -126,15 +126,19 @@ class Context:
 
         self.place.require_file()
         with self.place.naming(), self.engine.begin() as connection:
-            give_up_on_locks(connection)
+            prepare_transaction(connection)
             migrations.check(connection)
             yield connection
 
 
-def give_up_on_locks(connection: Connection) -> None:
-    """Let the transaction that begins here fail where a VACUUM FULL or a migration has locked the tables, instead of hang."""
+def prepare_transaction(connection: Connection) -> None:
+    """Let the transaction that begins here fail where a VACUUM FULL or a migration has locked the tables, instead of hang.
+
+    On an engine of the app it also sees to it that psycopg can read the dates, whatever the app's sessions are set to.
+    """
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
+        connection.exec_driver_sql("SET LOCAL DateStyle = ISO")
 
 
 def current(arguments: Mapping[str, object] = MappingProxyType({})) -> Context:

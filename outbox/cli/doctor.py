@@ -80,7 +80,7 @@ def _database(here: Context) -> Iterator[Finding]:
         here.place.require_file()
         with here.place.naming(), here.engine.connect() as plain:
             connection = plain.execution_options(outbox_read_only=True)
-            context.give_up_on_locks(connection)
+            context.prepare_transaction(connection)
             yield Finding("database", Verdict.OK, f"{_version(connection)}: {here.place}")
             yield from _durability(connection)
             yield _clock(connection)

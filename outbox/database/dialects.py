@@ -118,20 +118,10 @@ class PostgreSQL(Server):
         @event.listens_for(engine, "connect")
         def configure(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
             with _autocommitting(connection) as cursor:
-                for statement in self._session(connection):
-                    cursor.execute(statement)
+                if not _reads_dates(connection):
+                    cursor.execute("SET DateStyle TO ISO")
                 with contextlib.suppress(engine.dialect.loaded_dbapi.Error):  # not every server has them
                     cursor.execute(self._servers_side(connection))
-
-    def _session(self, connection: Any) -> list[str]:
-        """Return what makes the session one whose texts the drivers read and write right, whatever the server's defaults."""
-        said = _parameters(connection)
-        wrong = []
-        if not said("DateStyle").startswith("ISO"):
-            wrong.append("SET DateStyle TO ISO")
-        if said("standard_conforming_strings") == "off":
-            wrong.append("SET standard_conforming_strings TO on")
-        return wrong
 
     def _servers_side(self, connection: Any) -> str:
         settings = dict(self._SERVERS_SIDE)
@@ -257,10 +247,9 @@ def backend_pid(connection: Any) -> int:
     return int(connection.info.backend_pid)
 
 
-def _parameters(connection: Any) -> Any:
-    """Return the function that gives what the server reports of the session of its own accord, without a round trip."""
-    ask = connection.get_parameter_status if hasattr(connection, "get_parameter_status") else connection.info.parameter_status
-    return lambda name: ask(name) or ""
+def _reads_dates(connection: Any) -> bool:
+    """Say whether the driver reads the dates of this session: psycopg2 has set it to ISO itself, psycopg does not."""
+    return hasattr(connection, "get_backend_pid") or str(connection.info.parameter_status("DateStyle")).startswith("ISO")
 
 
 @contextlib.contextmanager

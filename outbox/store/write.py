@@ -22,7 +22,7 @@ from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import StatementError
 
 from outbox import tables
-from outbox.database.errors import Meaning, meaning
+from outbox.database.errors import Meaning, meaning, sqlstate
 from outbox.errors import CaptureError, InvalidMessage, SchemaError
 from outbox.message import Message
 from outbox.tables import SHARDS
@@ -31,6 +31,8 @@ from outbox.wakeup import CHANNEL
 #: A statement carries at most this much; PostgreSQL refuses a message of 1 GiB, and everything is in memory twice.
 _MAX_STATEMENT_BYTES = 16 * 1024**2
 _MAX_STATEMENT_ROWS = 10_000
+#: What PostgreSQL says of a text that its database's encoding has no characters for.
+_UNTRANSLATABLE = "22P05"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +113,20 @@ def _back(batch: Sequence[Held]) -> list[int | None]:
 
 
 def _headers(message: Message) -> str | None:
-    return json.dumps(dict(message.headers), ensure_ascii=False, separators=(",", ":")) if message.headers else None
+    # As ASCII: whatever encoding the database or the connection has, they are stored.
+    return json.dumps(dict(message.headers), separators=(",", ":")) if message.headers else None
 
 
 @contextmanager
 def _named_errors(connection: Connection) -> Iterator[None]:
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise _not_in_encoding(f"the connection's client_encoding {error.encoding}", error) from error
     except StatementError as error:
         error.hide_parameters = True  # they are payloads, which have no business in a log
+        if sqlstate(error) == _UNTRANSLATABLE:
+            raise _not_in_encoding("the encoding of this database", error) from error
         if meaning(error) is Meaning.UNMIGRATED and "outbox_" in str(error.orig):
             # Often they are in another one: Flask-SQLAlchemy takes sqlite:///shop.db from the app's instance folder.
             where = connection.engine.url.set(query={}).render_as_string()
@@ -128,6 +135,16 @@ def _named_errors(connection: Connection) -> Iterator[None]:
                 "run: outbox migrate"
             ) from error
         raise
+
+
+def _not_in_encoding(what: str, error: Exception) -> CaptureError:
+    lacking = "has no character for a part of it"
+    if isinstance(error, UnicodeEncodeError):
+        lacking = f"has no {error.object[error.start]!r}"
+    return CaptureError(
+        f"a topic, key or source can't be stored: {what} {lacking}; use client_encoding=utf8 in the URL and a database with "
+        "encoding UTF8, or ASCII names (a body may hold anything: it is stored as bytes)"
+    )
 
 
 # --- PostgreSQL: one statement ------------------------------------------------------------------------------------------
@@ -142,16 +159,17 @@ WITH counted AS (
 ), sent AS (
     SELECT * FROM unnest(
         CAST(:ids AS uuid[]), CAST(:sources AS text[]), CAST(:topics AS text[]), CAST(:keys AS text[]), CAST(:back AS bigint[]),
-        CAST(:content_types AS text[]), CAST(:headers AS text[]), CAST(:bodies AS bytea[]), CAST(:moments AS timestamptz[]),
+        CAST(:content_types AS text[]), CAST(:headers AS text[]), CAST(:bodies AS text[]), CAST(:moments AS timestamptz[]),
         CAST(:shards AS smallint[]), CAST(:unheard AS text[])
     ) WITH ORDINALITY AS row (
-        message_id, source, topic, key, back, content_type, headers, body, created_at, shard, unheard, position
+        message_id, source, topic, key, back, content_type, headers, hex, created_at, shard, unheard, position
     )
 ), numbered AS (
     SELECT sent.*, counted.sequence - sent.back AS sequence FROM sent LEFT JOIN counted ON counted.key = sent.key
 ), written AS (
     INSERT INTO outbox_message (message_id, source, topic, key, sequence, content_type, headers, body, created_at)
-    SELECT message_id, source, topic, key, sequence, content_type, headers, body, created_at FROM numbered ORDER BY position
+    SELECT message_id, source, topic, key, sequence, content_type, headers, decode(hex, 'hex'), created_at
+    FROM numbered ORDER BY position
     RETURNING id, message_id
 ), waiting AS (
     INSERT INTO outbox_pending (message_row, shard, topic, key, sequence, available_at, unheard)
@@ -168,7 +186,7 @@ def _array(name: str, type_: sa.types.TypeEngine[Any]) -> sa.BindParameter[Any]:
 _PARAMETERS = (
     _array("counted_keys", sa.Text()), _array("counts", sa.BigInteger()), _array("ids", sa.Uuid()),
     _array("sources", sa.Text()), _array("topics", sa.Text()), _array("keys", sa.Text()), _array("back", sa.BigInteger()),
-    _array("content_types", sa.Text()), _array("headers", sa.Text()), _array("bodies", sa.LargeBinary()),
+    _array("content_types", sa.Text()), _array("headers", sa.Text()), _array("bodies", sa.Text()),
     _array("moments", sa.DateTime(timezone=True)), _array("shards", sa.SmallInteger()), _array("unheard", sa.Text()),
 )  # fmt: skip
 _LOCK = sa.text(
@@ -283,7 +301,9 @@ def _write_postgresql(connection: Connection, batch: Sequence[Held], notify: boo
         "back": _back(batch),
         "content_types": [m.content_type for m in messages],
         "headers": [_headers(m) for m in messages],
-        "bodies": [m.body for m in messages],
+        # Not as an array of bytes: psycopg escapes those as for a string literal, which they are not, and other bytes would be
+        # stored where standard_conforming_strings is off.
+        "bodies": [m.body.hex() for m in messages],
         "moments": [m.created_at for m in messages],
         "shards": [shard_of(m) for m in messages],
         "unheard": [held.unheard for held in batch],
