@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from outbox.errors import SchemaError
-from outbox.migrations import m0001_initial
-from outbox.tables import VERSION_TABLE
+from outbox.migrations import m0001_initial, shards
+from outbox.tables import SHARDS, VERSION_TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +55,7 @@ _LOCK = 7_225_514_401
 def upgrade(bind: Engine | Connection, history: History = OUTBOX) -> int:
     """Bring the tables of *history* to this code's version and return how many steps were needed.
 
+    Puts back what rows the outbox can't do without.
     On a Connection it runs in the transaction that is open there and commits nothing. Raises SchemaError for tables newer
     than this code.
     """
@@ -68,14 +69,19 @@ def upgrade(bind: Engine | Connection, history: History = OUTBOX) -> int:
         for step in history.steps[version:]:
             step(operations)
         _write_version(connection, history, version)
+        if history.name == OUTBOX.name:
+            shards.restore(connection)
         return len(history.steps) - version
 
 
 def check(bind: Engine | Connection, history: History = OUTBOX) -> None:
-    """Raise SchemaError, saying what to do, unless the tables are of exactly this code's version."""
+    """Raise SchemaError, saying what to do, unless the tables are of exactly this code's version, and whole."""
     with _connection(bind) as connection:
         found = _version(connection, history) if sa.inspect(connection).has_table(VERSION_TABLE) else 0
+        lost = shards.missing(connection) if found == len(history.steps) and history.name == OUTBOX.name else []
     _refuse_newer(found, history)
+    if lost:
+        raise SchemaError(f"outbox_shard lacks {len(lost)} of its {SHARDS} rows, so no relay works; run: {history.command}")
     if found < len(history.steps):
         state = "do not exist" if found == 0 else f"are of version {found}, this code needs {len(history.steps)}"
         raise SchemaError(f"the {history.name} tables {state}; run: {history.command}")

@@ -44,7 +44,12 @@ _CENSUS_SECONDS, _CENSUS_SPACING = 2.0, 50.0
 _FORGET_SECONDS = 3600.0
 #: A loop that has not turned for this long, though no database made it wait, hangs.
 _LIVE_SECONDS = 30.0
+#: A database may make it wait this long, or four leases: longer than its outages take to be noticed. Then a restart helps
+#: more than waiting: over a new connection the server may be there.
+_LIVE_CALL_SECONDS = 60.0
 _STOP_BROKER_SECONDS = 2.0
+#: A relay asked to end that has not by `OUTBOX_SHUTDOWN_TIMEOUT` and this much is held up by a call that does not return.
+_OVERDUE_SECONDS = _STOP_BROKER_SECONDS + 1.0
 #: How long `--once` and `--drain` wait for a broker that refuses us: long enough for a service to declare the exchange.
 _REFUSED_SECONDS = 5.0
 
@@ -58,7 +63,7 @@ class Mode(Enum):
 
 
 def run(settings: Settings, *, once: bool = False, drain: bool = False) -> int:
-    """Publish what is committed until SIGTERM or SIGINT (or as *once* and *drain* say) and return the exit code.
+    """Publish what is committed until SIGTERM, SIGINT or SIGHUP (or as *once* and *drain* say) and return the exit code.
 
     Raises ConfigurationError for settings that can't be used, SchemaError for tables that don't fit this code, and BrokerError
     for a broker that refuses us (user, password, virtual host, certificate) and did so from the beginning.
@@ -68,7 +73,7 @@ def run(settings: Settings, *, once: bool = False, drain: bool = False) -> int:
     engine = open_database(settings.database_url or "")
     try:
         relay = Relay(settings, engine, open_broker(settings), mode)
-        with stopping.on_signals(relay.stop):
+        with stopping.on_signals(relay.stop, patience_seconds=settings.shutdown_timeout_seconds + _OVERDUE_SECONDS):
             return relay.run()
     finally:
         engine.dispose()
@@ -253,13 +258,7 @@ class Relay:
 
     def _keep_shards(self) -> None:
         if not self.shards.keep():
-            if self.shards.holder is not None:
-                self._announcer.state(
-                    "shards",
-                    "waiting",
-                    logging.INFO,
-                    f"relay {self.shards.holder.relay} has the shards; this one takes over when it ends or its lease runs out",
-                )
+            self._say_who_is_waited_for()
             return
         if self.shards.owned:
             self._state = "running"
@@ -269,10 +268,23 @@ class Relay:
             self._state = "idle"
             telemetry.LEASES_LOST.inc()
             self._announcer.state(
-                "shards", "lost", logging.WARNING, "another relay has taken the shards; what is in flight ends"
+                "shards", "lost", logging.WARNING, "the shards are not this relay's any more; what is in flight ends"
             )
             self.pump.abandon()
         telemetry.SHARDS_OWNED.set(len(self.shards.epochs))
+
+    def _say_who_is_waited_for(self) -> None:
+        if self.shards.missing:
+            self._announcer.state("shards", "missing", logging.ERROR, self._damage())
+        elif self.shards.holder is not None:
+            owner = self.shards.holder.relay
+            sentence = f"relay {owner} has the shards; this one takes over when it ends or its lease runs out"
+            self._announcer.state("shards", "waiting", logging.INFO, sentence)
+
+    def _damage(self) -> str:
+        return (
+            f"outbox_shard lacks {self.shards.missing} of its {SHARDS} rows, so no relay works; put them back: outbox migrate"
+        )
 
     def _report(self, now: float) -> None:
         if now >= self._beat_at:
@@ -349,6 +361,8 @@ class Relay:
         broker = self._broker.state()
         if self._database.problem:
             return f"the database does not answer: {self._database.problem}"
+        if self.shards.missing:
+            return self._damage()
         if self.shards.holder is not None:
             return f"relay {self.shards.holder.relay} has the shards and goes on renewing its leases"
         if not broker.connected or broker.blocked:
@@ -378,7 +392,8 @@ class Relay:
 
     def _live(self) -> Health:
         silent = self._clock() - self._turned_at
-        return Health(silent < _LIVE_SECONDS or self._database.in_use, {"turned_seconds_ago": round(silent, 3)})
+        limit = max(_LIVE_CALL_SECONDS, 4 * self._settings.lease_seconds) if self._database.in_use else _LIVE_SECONDS
+        return Health(silent < limit, {"turned_seconds_ago": round(silent, 3)})
 
     def _ready(self) -> Health:
         broker = self._broker.state()

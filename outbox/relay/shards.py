@@ -42,6 +42,8 @@ class Shards:
         self.epochs: dict[int, int] = {}
         #: Who has the shards while we don't.
         self.holder: leases.Holder | None = None
+        #: How many shards there are no rows for: nobody can have them.
+        self.missing = 0
 
     @property
     def owned(self) -> bool:
@@ -70,6 +72,10 @@ class Shards:
     def _take(self, asked_at: float) -> bool:
         with self._engine.begin() as connection:
             found = leases.take(connection, self._relay_id, self._lease_seconds)
+        self.missing = found.missing if isinstance(found, leases.Damaged) else 0
+        if isinstance(found, leases.Damaged):
+            self.holder, self._look_at = None, asked_at + 1.0
+            return False
         if isinstance(found, leases.Holder):
             self.holder = found if found.relay else None
             self._look_at = asked_at + min(1.0, found.remaining_seconds + 0.01)

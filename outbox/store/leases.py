@@ -27,25 +27,43 @@ _FORGET_AFTER_SECONDS = 86_400.0
 class Holder:
     """Another relay that has shards."""
 
+    #: Empty when it has just given them back.
     relay: str
     #: Until its lease runs out, if it is not renewed.
     remaining_seconds: float
 
 
-def take(connection: Connection, relay_id: str, lease_seconds: float) -> dict[int, int] | Holder:
-    """Take all shards if all are free, and return the epoch of each; otherwise who has them."""
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """outbox_shard is not whole: nobody can have all shards, and waiting does not help."""
+
+    #: How many of its rows are gone.
+    missing: int
+
+
+def take(connection: Connection, relay_id: str, lease_seconds: float) -> dict[int, int] | Holder | Damaged:
+    """Take all shards if all are there and free, and return the epoch of each; otherwise why not."""
     dialect = connection.dialect.name
     other = shard.alias("other")
     taken = connection.execute(
         sa.update(shard)
         # The row itself is looked at too: after waiting for another taker the subquery would not see what that one wrote.
-        .where(_free(shard, relay_id, dialect), ~sa.exists(sa.literal(1)).where(~_free(other, relay_id, dialect)))
+        .where(_free(shard, relay_id, dialect), ~sa.exists(sa.literal(1)).where(~_free(other, relay_id, dialect)), _whole())
         .values(owner=relay_id, epoch=shard.c.epoch + 1, lease_until=now(dialect, "lease"))
         .returning(shard.c.id, shard.c.epoch),
         clock(dialect, lease=lease_seconds),
     )
     epochs = {id_: epoch for id_, epoch in taken}  # noqa: C416 - typed
-    return epochs or _holder(connection, relay_id)
+    return epochs or _damage(connection) or _holder(connection, relay_id)
+
+
+def _whole() -> sa.ColumnElement[bool]:
+    return sa.select(sa.func.count()).select_from(shard.alias("all")).scalar_subquery() == SHARDS
+
+
+def _damage(connection: Connection) -> Damaged | None:
+    rows = connection.scalar(sa.select(sa.func.count()).select_from(shard)) or 0
+    return Damaged(SHARDS - rows) if rows < SHARDS else None
 
 
 def _free(row: sa.FromClause, relay_id: str, dialect: str) -> sa.ColumnElement[bool]:
@@ -67,7 +85,7 @@ def _holder(connection: Connection, relay_id: str) -> Holder:
 
 
 def renew(connection: Connection, relay_id: str, lease_seconds: float) -> bool:
-    """Prolong the leases of *relay_id*; False when another relay has taken a shard."""
+    """Prolong the leases of *relay_id*; False when a shard is not its own any more."""
     dialect = connection.dialect.name
     renewed = connection.execute(
         sa.update(shard).where(shard.c.owner == relay_id).values(lease_until=now(dialect, "lease")),

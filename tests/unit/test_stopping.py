@@ -104,6 +104,49 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck_in_a_library(
     assert process.wait(20) == 128 + signal.SIGINT
 
 
+_WAITS = """
+import threading
+from outbox import stopping
+ended = threading.Event()
+with stopping.on_signals(ended.set):
+    print("ready", flush=True)
+    ended.wait()
+print("in order", flush=True)
+"""
+
+
+def test_a_closed_terminal_asks_for_an_end_in_order(child: list[subprocess.Popen[str]]) -> None:
+    process = script(_WAITS, child)
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=20)[0] == "in order\n"
+    assert process.returncode == 0
+
+
+def test_a_process_started_with_nohup_survives_its_terminal(child: list[subprocess.Popen[str]]) -> None:
+    process = script("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + _WAITS, child)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)  # the one signal that it hears: it ends in order, not by the second of two
+    assert process.communicate(timeout=20)[0] == "in order\n"
+    assert process.returncode == 0
+
+
+def test_a_process_that_hangs_although_it_was_asked_to_end_is_ended(child: list[subprocess.Popen[str]]) -> None:
+    process = script(
+        """
+        import ctypes
+        from outbox import stopping
+        libc = ctypes.CDLL(None)
+        with stopping.on_signals(lambda: None, patience_seconds=0.2):
+            print("ready", flush=True)
+            while True:
+                libc.sigsuspend(ctypes.create_string_buffer(128))
+        """,
+        child,
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGTERM
+
+
 def test_outside_the_main_thread_signals_are_left_alone() -> None:
     found: list[object] = []
 

@@ -255,6 +255,15 @@ def test_the_first_signal_asks_and_the_second_ends_at_once(monkeypatch: pytest.M
 # --- seen from outside ---
 
 
+def test_a_call_of_the_database_that_lasts_longer_than_any_outage_is_no_life(engine: Engine) -> None:
+    stage = Stage(engine, lease_seconds=20.0)
+    for waited, alive in ((59.0, True), (79.0, True), (81.0, False)):
+        stage.turn()
+        with stage.relay._database.attempt():
+            stage.clock.now += waited
+            assert stage.relay._live().ok is alive
+
+
 def probe(port: int, path: str) -> tuple[int, Any]:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:

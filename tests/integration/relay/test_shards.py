@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 import sqlalchemy as sa
 
-from outbox import database, tables
+from outbox import database, migrations, tables
+from outbox.errors import SchemaError
 from outbox.relay.shards import Shards, boottime
 from outbox.store import leases
 from outbox.store.clock import clock, now
 from outbox.store.leases import Holder
 from outbox.tables import SHARDS
+from tests.builders import message
+from tests.integration.relay.stage import Stage
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -146,9 +149,45 @@ def test_releasing_gives_nothing_of_another_relays_back(engine: Engine) -> None:
     assert owners(engine) == {"next"}
 
 
+@pytest.mark.parametrize("kept", [0, 63])
+def test_shards_without_rows_are_taken_by_nobody_and_put_back_by_a_migration(
+    engine: Engine, kept: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(engine)
+    stage.write(message())
+    with engine.begin() as connection:
+        connection.execute(sa.delete(tables.shard).where(tables.shard.c.id >= kept))
+    with pytest.raises(SchemaError, match=f"lacks {SHARDS - kept} of its {SHARDS} rows.* run: outbox migrate"):
+        migrations.check(engine)
+    stage.turn(3, seconds=2.0)
+    assert not stage.relay.shards.owned
+    assert [event for event in events(caplog) if event.startswith("shards.")] == ["shards.missing"]
+    assert migrations.upgrade(engine) == 0
+    migrations.check(engine)
+    stage.until(lambda: stage.delivered())
+
+
+def test_a_relay_whose_shard_rows_go_while_it_works_says_what_is_missing(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(engine)
+    stage.turn()
+    assert stage.relay.shards.owned
+    with engine.begin() as connection:
+        connection.execute(sa.delete(tables.shard).where(tables.shard.c.id == 7))
+    stage.turn(4, seconds=6.0)
+    assert [event for event in events(caplog) if event.startswith("shards.")] == ["shards.lost", "shards.missing"]
+    migrations.upgrade(engine)
+    stage.until(lambda: stage.relay.shards.owned)
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [getattr(record, "outbox_event", "") for record in caplog.records]
+
+
 @pytest.mark.parametrize("round", range(5))
 def test_of_relays_that_start_at_once_one_gets_all_shards(postgres: Engine, round: int) -> None:
-    found: list[dict[int, int] | Holder] = []
+    found: list[dict[int, int] | Holder | leases.Damaged] = []
     together = threading.Barrier(4)
 
     def start(name: str) -> None:
