@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import time
 import urllib.error
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Engine
 
+    from tests.conftest import Spawn
     from tests.kit.servers import PostgresServer
 
 
@@ -250,6 +252,27 @@ def test_the_first_signal_asks_and_the_second_ends_at_once(monkeypatch: pytest.M
         eventually(lambda: ended, what="the end")
         assert ended == [130]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.postgres
+def test_a_relay_whose_call_of_the_database_hangs_ends_all_the_same(spawn: Spawn, postgres_url: str) -> None:
+    engine = open_database(postgres_url)
+    migrations.upgrade(engine)
+    env = {"DATABASE_URL": postgres_url, "BROKER_URL": "amqp://user:secret@127.0.0.1:1/", "OUTBOX_SHUTDOWN_TIMEOUT": "100ms"}
+    with engine.begin() as person:
+        person.execute(sa.text("LOCK TABLE outbox_shard IN SHARE MODE"))
+        hung, impatient = (spawn("outbox", "relay", env=env) for _ in range(2))
+        for each in (hung, impatient):
+            each.wait_for_line("publishes to exchange")
+        waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'outbox_shard'::regclass")
+        eventually(lambda: person.scalar(waiting) == 2, what="both to wait for the lock")
+        for each in (hung, impatient):
+            each.terminate()
+        os.kill(impatient.pid, signal.SIGINT)
+        assert impatient.wait(10) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+        assert hung.wait(30) == 128 + signal.SIGTERM
+        assert "does not return" in hung.output
+    engine.dispose()
 
 
 # --- seen from outside ---
