@@ -15,18 +15,22 @@ path the virtual host is `/`. With `amqps` the certificate and the host name are
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
+from outbox import masking
 from outbox.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import ssl
+    from urllib.parse import SplitResult
 
 _PORTS = {"amqp": 5672, "amqps": 5671}
 _TLS_PARAMETERS = ("cacertfile", "certfile", "keyfile", "server_name_indication")
 PARAMETERS = (*_TLS_PARAMETERS, "heartbeat")
+_FORM = "amqp://user:password@host:5672/vhost or amqps://…"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,30 +78,29 @@ class AmqpUrl:
 
 def parse(url: str) -> AmqpUrl:
     """Return what *url* says. Raises ConfigurationError, without the password in its text."""
-    parts = urlsplit(url)
     try:
-        port = parts.port
-    except ValueError:
-        raise ConfigurationError(f"the broker URL for host {parts.hostname} has a port that is no number up to 65535") from None
-    if parts.scheme not in _PORTS or not parts.hostname:
-        raise ConfigurationError(
-            f"{parts.scheme}://{parts.hostname or ''}: not amqp://user:password@host:5672/vhost or amqps://…"
-        )
-    if not parts.username or not parts.password:
-        raise ConfigurationError(
-            f"{parts.scheme}://{parts.hostname}: it names no user and password; clients would silently use guest/guest"
-        )
+        return read(url)
+    except ValueError as error:
+        raise ConfigurationError(f"{masking.shown(url)}: {error}") from None
+
+
+def read(url: str) -> AmqpUrl:
+    """Return what *url* says. Raises ValueError with what is wrong with it, and nothing of the URL."""
+    parts = masking.split(url)
+    if problem := _problem(url, parts):
+        raise ValueError(problem)
+    host, user, password = str(parts.hostname), str(parts.username), str(parts.password)
     tls = parts.scheme == "amqps"
-    query = _query(parts.query, parts.hostname, tls=tls)
+    query = _query(parts.query, tls=tls)
     return AmqpUrl(
-        host=parts.hostname,
-        port=port or _PORTS[parts.scheme],
-        user=unquote(parts.username),
-        password=unquote(parts.password),
+        host=host,
+        port=parts.port or _PORTS[parts.scheme],
+        user=unquote(user),
+        password=unquote(password),
         # An empty path and `//` (as Celery writes it) mean the virtual host everybody has.
         vhost=unquote(parts.path[1:]) if parts.path not in ("", "/", "//") else "/",
         tls=tls,
-        server_name=query.get("server_name_indication", parts.hostname),
+        server_name=query.get("server_name_indication", host),
         cacertfile=query.get("cacertfile"),
         certfile=query.get("certfile"),
         keyfile=query.get("keyfile"),
@@ -105,7 +108,21 @@ def parse(url: str) -> AmqpUrl:
     )
 
 
-def _query(text: str, host: str, *, tls: bool) -> dict[str, str]:
+def _problem(url: str, parts: SplitResult) -> str | None:
+    """Return why *url* names no broker."""
+    userinfo, _, place = parts.netloc.rpartition("@")
+    if url.count("://") > 1 or re.search(r"[;,]", place + parts.path) or re.search(r"@[^@]*[;,]", userinfo):
+        return "one broker, no list; where several nodes serve, name their load balancer"
+    if parts.scheme not in _PORTS or not parts.hostname:
+        return f"not {_FORM}" + (": it names no host" if parts.scheme in _PORTS else "")
+    if not parts.username or not parts.password:
+        return "it names no user and password; clients would silently use guest/guest"
+    if re.search(r"[\s\x00-\x1f]", url):
+        return "it holds a blank or a line break; percent-encode it"
+    return None
+
+
+def _query(text: str, *, tls: bool) -> dict[str, str]:
     query = dict(parse_qsl(text, keep_blank_values=True))
     problems = [f"{name} is no parameter (known: {', '.join(PARAMETERS)})" for name in query if name not in PARAMETERS]
     problems += [f"{name} needs amqps://" for name in query if name in _TLS_PARAMETERS and not tls]
@@ -116,5 +133,5 @@ def _query(text: str, host: str, *, tls: bool) -> dict[str, str]:
     if "keyfile" in query and "certfile" not in query:
         problems.append("keyfile needs certfile")
     if problems:
-        raise ConfigurationError(f"the broker URL for host {host}: {'; '.join(problems)}")
+        raise ValueError("; ".join(problems))
     return query

@@ -16,12 +16,11 @@ from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from outbox import amqp_url, duration
+from outbox import amqp_url, duration, masking
 from outbox.database import dialects
 from outbox.errors import ConfigurationError, InvalidMessage
 from outbox.logs import say
@@ -32,7 +31,6 @@ log = logging.getLogger(__name__)
 #: Names of ours that no process takes as a setting: they are read by commands before settings exist.
 OTHER_NAMES = frozenset({"OUTBOX_FAILPOINTS"})
 _PREFIXES = ("OUTBOX_", "CONSUMER_")
-_ENCODE = "percent-encode what is special in user and password: @ as %40, / as %2F, : as %3A, # as %23, ? as %3F"
 #: Ten years: clocks and calendars can count with it.
 _LONGEST_SECONDS = duration.parse("3650d")
 _UNITS = {"": 1, "B": 1, "KiB": 1024, "MiB": 1024**2}
@@ -108,12 +106,12 @@ def _database_url(value: object) -> str:
     text = str(value)
     try:
         url = make_url(text.replace("{service}", "service"))
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, ValueError):
         raise ValueError(
             "it must be a URL such as postgresql+psycopg://user:password@host/name or sqlite:///file.db"
-        ) from error
+        ) from None  # what SQLAlchemy says quotes the URL
     if "@" in (url.host or ""):  # a part of the password would be taken for the host, and be in every error about it
-        raise ValueError(_ENCODE)
+        raise ValueError(masking.ENCODE)
     if url.drivername.startswith("postgres:") or url.drivername == "postgres":
         raise ValueError("the scheme is postgresql+psycopg://, not postgres://")
     family = url.get_backend_name()
@@ -125,6 +123,8 @@ def _database_url(value: object) -> str:
         dialects.of_url(url)
     except ConfigurationError as error:
         raise ValueError(str(error)) from error
+    if family == "sqlite" and url.host:
+        raise ValueError("a SQLite file has no host: sqlite:///instance/name.db, or sqlite:////srv/name.db from the root")
     if family == "sqlite" and url.database in (None, "", ":memory:"):
         raise ValueError("a database in memory is seen by one process only; name a file: sqlite:///instance/name.db")
     return text
@@ -132,37 +132,26 @@ def _database_url(value: object) -> str:
 
 def _broker_url(value: object) -> str:
     text = str(value)
-    parts = urlsplit(text)
-    if parts.scheme == "embedded":
-        if not parts.path.strip("/") or parts.netloc:
+    scheme, _, rest = text.partition(":")
+    if scheme == "embedded":
+        file = rest.partition("?")[0]
+        if not file.strip("/") or (file.startswith("//") and not file.startswith("///")):
             raise ValueError("the embedded broker is a file: embedded:///instance/broker.db")
-        return text
-    if parts.scheme not in ("amqp", "amqps"):
+    elif scheme in ("amqp", "amqps"):
+        amqp_url.read(text)
+    else:
         raise ValueError("it must be amqp://user:password@host:5672/vhost, amqps://… or embedded:///file.db")
-    if "@" in text and "@" not in parts.netloc:
-        raise ValueError(_ENCODE)
-    if not parts.hostname:
-        raise ValueError("it names no host: amqp://user:password@host:5672/vhost")
-    if not parts.username or not parts.password:
-        raise ValueError("it names no user and password; clients would silently use guest/guest")
-    try:
-        amqp_url.parse(text)
-    except ConfigurationError as error:
-        raise ValueError(str(error)) from error
     return text
 
 
 def _management_url(value: object) -> str:
-    text = str(value)
-    parts = urlsplit(text)
-    if "@" in text and "@" not in parts.netloc:
-        raise ValueError(_ENCODE)
+    text, form = str(value), "it must be http://user:password@host:15672"
     try:
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # the port is no number
-        usable = False
-    if not usable:
-        raise ValueError("it must be http://user:password@host:15672")
+        parts = masking.split(text)
+    except ValueError as error:
+        raise ValueError(f"{form}; {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+        raise ValueError(form)
     return text
 
 
@@ -309,7 +298,7 @@ def load(
             values[item.name] = item.metadata["parse"](raw)
             origins[name] = origin
         except ValueError as error:
-            problem = f"{name}={mask(str(raw))} ({origin}): {error}"
+            problem = f"{name}={_refused(item, raw)} ({origin}): {error}"
             if for_app and origin == "environment" and name.endswith("_URL"):
                 foreign[name] = problem
             else:
@@ -353,7 +342,7 @@ def _parsed(arguments: Mapping[str, object], problems: list[str]) -> dict[str, A
             try:
                 values[_FIELDS[name].name] = _FIELDS[name].metadata["parse"](raw)
             except ValueError as error:
-                problems.append(f"{name}={mask(str(raw))} (argument): {error}")
+                problems.append(f"{name}={_refused(_FIELDS[name], raw)} (argument): {error}")
     return values
 
 
@@ -423,10 +412,9 @@ def _contradictions(settings: Settings) -> list[str]:
 # --- showing ------------------------------------------------------------------------------------------------------------
 
 
-def mask(text: str) -> str:
-    """Return *text* with the passwords of URLs in it, also those in their queries, replaced by `***`."""
-    text = re.sub(r"(?<=://)([^:/@\s]*):.*@", r"\1:***@", text)
-    return re.sub(r"(?i)([?&][a-z_]*(?:password|passwd|pwd|secret|token)=)[^&\s]*", r"\1***", text)
+def _refused(item: dataclasses.Field[Any], raw: object) -> str:
+    """Return a value that was refused, as it may be shown: also what holds no secret may have been given a URL."""
+    return masking.shown(str(raw)) if item.metadata["secret"] else masking.mask(str(raw))
 
 
 def _shown(item: dataclasses.Field[Any], value: object) -> str:
@@ -437,4 +425,4 @@ def _shown(item: dataclasses.Field[Any], value: object) -> str:
     if item.metadata["parse"] is _size and isinstance(value, int):
         unit = next((unit for unit in ("MiB", "KiB") if value % _UNITS[unit] == 0), "B")
         return f"{value // _UNITS[unit]}{unit}"
-    return mask(str(value)) if item.metadata["secret"] else str(value)
+    return masking.shown(str(value)) if item.metadata["secret"] else str(value)

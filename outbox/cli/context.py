@@ -54,7 +54,7 @@ class Place:
     @property
     def shown(self) -> str:
         """The URL without its passwords: also drivers' parameters (`?password=…`) hold them."""
-        from outbox.settings import mask
+        from outbox.masking import mask
 
         return mask(self.url.render_as_string(hide_password=True))
 

@@ -183,7 +183,7 @@ def _broker(here: Context) -> Generator[Finding, None, bool]:
     elif state.blocked:
         yield Finding("broker", Verdict.WARN, state.detail)
     else:
-        from outbox.settings import mask
+        from outbox.masking import mask
 
         yield Finding("broker", Verdict.OK, f"{mask(str(settings.broker_url))}, exchange {settings.exchange!r}")
     return state.connected

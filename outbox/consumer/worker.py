@@ -33,7 +33,7 @@ from outbox.consumer.upkeep import Upkeep
 from outbox.consumer.waiting import Waiting
 from outbox.errors import BrokerError, ConfigurationError, Unavailable
 from outbox.logs import say
-from outbox.settings import mask
+from outbox.masking import mask
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ from outbox.embedded.urls import SCHEME, path_of
 
 def describe(database_url: str, broker_url: str) -> str:
     """Return a few lines for people about the outbox in *database_url* and the broker at *broker_url*; they hold no secret."""
-    on_file = urlsplit(database_url).scheme.startswith("sqlite")
-    embedded = urlsplit(broker_url).scheme == SCHEME
+    on_file = database_url.startswith("sqlite")
+    embedded = broker_url.startswith(f"{SCHEME}:")
     lines = [f"outbox in {'SQLite' if on_file else 'a database server'}, {_broker(broker_url, embedded=embedded)}"]
     if embedded:
         lines.append("broker: processes on this machine only, on a local disk; one transaction at a time writes, others wait")

@@ -39,6 +39,7 @@ PUBLIC = (
     "outbox.database",
     "outbox.errors",
     "outbox.logs",
+    "outbox.masking",
     "outbox.message",
     "outbox.metrics",
     "outbox.migrations",

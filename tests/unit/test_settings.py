@@ -10,7 +10,8 @@ import pytest
 
 from outbox import settings
 from outbox.errors import ConfigurationError
-from outbox.settings import Settings, load, mask, override
+from outbox.masking import mask
+from outbox.settings import Settings, load, override
 
 if TYPE_CHECKING:
     from pathlib import Path
