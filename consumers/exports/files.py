@@ -21,10 +21,11 @@ from consumers.exports import model
 from consumers.exports.icalendar_files import ical, xcal
 from consumers.exports.pentabarf import pentabarf
 from outbox.consumer.failures import place as place_of
+from outbox.errors import ConfigurationError
 from outbox.logs import say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from sqlalchemy.engine import Engine
 
@@ -37,6 +38,18 @@ OPEN_EVENT = "open-event.json"
 _REST_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
+
+
+def folder_of(environ: Mapping[str, str]) -> Path:
+    """Return the folder that *environ* names, made if it is missing. Raises ConfigurationError where it can't be written."""
+    folder = Path(environ.get(FOLDER) or DEFAULT_FOLDER)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"{FOLDER}={folder}: {reason}; name a folder that this process may write") from error
 
 
 class Writer:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from consumers.exports import model
-from consumers.exports.files import DEFAULT_FOLDER, FOLDER, Writer
+from consumers.exports.files import DEFAULT_FOLDER, FOLDER, Writer, folder_of
 from outbox.consumer import Reject, Service
 
 if TYPE_CHECKING:
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 service = Service("exports", tables=model.Base.metadata)
 _writer = Writer()
+
+
+@service.at_start
+def check_settings() -> None:
+    """A folder that can't be written ends the service at its start, before it takes a message."""
+    folder_of(os.environ)
 
 
 @service.on("event.modified")
@@ -77,4 +83,4 @@ def _keep(message: Received, db_session: Session, kind: str, id: Any, event_id: 
 @service.background
 def write_files(engine: Engine) -> bool:
     """Write the files of one event that are behind: a burst of messages costs one writing, not one each."""
-    return _writer.write_one(engine, Path(os.environ.get(FOLDER, DEFAULT_FOLDER)))
+    return _writer.write_one(engine, Path(os.environ.get(FOLDER) or DEFAULT_FOLDER))

@@ -1,15 +1,14 @@
-"""What the letters say. Pure: from the fields of a message to e-mails."""
+"""What the letters say. Pure: from the fields of a message to texts for each recipient."""
 
 from __future__ import annotations
 
-from email.errors import MessageError
-from email.headerregistry import Address
-from email.message import EmailMessage
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from consumers.notifications.mime import is_address
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from datetime import datetime
+    from collections.abc import Iterator, Mapping
 
 #: State → subject and text; other states are nobody's news.
 TEXTS = {
@@ -23,49 +22,39 @@ TEXTS = {
     ),
     "canceled": ("Cancelled: {title}", "Hello {name},\n\nyour session “{title}” at {event} is cancelled.\n"),
 }
+#: A longer name or title says no more in a letter.
+_LONGEST = 200
 
 
-def letters(
-    message_id: str,
-    said_at: datetime | None,
-    sender: str,
-    *,
-    change: str,
-    event_name: str,
-    title: str,
-    speakers: list[dict[str, Any]],
-) -> Iterator[EmailMessage]:
-    """Yield a letter for each speaker with a usable address; none for a change that nobody is told of."""
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """What one recipient is told."""
+
+    speaker_id: int
+    name: str
+    address: str
+    subject: str
+    text: str
+
+
+def letters(change: str, event_name: Any, title: Any, speakers: list[Mapping[str, Any]]) -> Iterator[Letter]:
+    """Yield a letter for each speaker with a usable address; none for a change that nobody is told of.
+
+    Real exports hold empty and broken addresses: nobody to write to is no error.
+    """
     if change not in TEXTS:
         return
     subject, text = TEXTS[change]
     for speaker in speakers:
-        address = _address(speaker)
-        if address is None:
+        address = str(speaker.get("email") or "").strip()
+        if not is_address(address):
             continue
-        values = {"title": _line(title), "name": _line(speaker["name"]), "event": _line(event_name)}
-        letter = EmailMessage()
-        letter["From"] = sender
-        letter["To"] = address
-        letter["Subject"] = subject.format(**values)
-        if said_at is not None:
-            letter["Date"] = said_at
-        # The same for the same message and speaker, however often it is sent: receivers recognise a repetition by it.
-        letter["Message-ID"] = f"<{message_id}.{speaker['id']}@{sender.rpartition('@')[2].rstrip('>')}>"
-        letter.set_content(text.format(**values))
-        yield letter
+        values = {"title": _line(title), "name": _line(speaker.get("name")), "event": _line(event_name)}
+        yield Letter(speaker["id"], values["name"], address, subject.format(**values), text.format(**values))
 
 
-def _address(speaker: dict[str, Any]) -> Address | None:
-    """Real exports hold empty and broken addresses: nobody to write to is no error."""
-    name, email = _line(speaker["name"]), (speaker.get("email") or "").strip()
-    try:
-        address = Address(display_name=name, addr_spec=email)
-    except (ValueError, IndexError, MessageError):  # which one, and where, changes with Python's version
-        return None
-    return address if address.username and address.domain else None
-
-
-def _line(text: str) -> str:
-    """A header is one line; what people enter is not always."""
-    return " ".join(str(text).split())
+def _line(text: Any) -> str:
+    """Return *text* on one line, without what drives terminals and mail programs; what people enter is not always."""
+    printable = "".join(character if character.isprintable() else " " for character in str(text or ""))
+    line = " ".join(printable.split())
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Background = Callable[["Engine"], bool]
 F = TypeVar("F", bound="Function")
 B = TypeVar("B", bound=Background)
+C = TypeVar("C", bound=Callable[[], object])
 Order = Literal["late-ok", "strict"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -72,6 +73,7 @@ class Service:
         self._handlers: dict[str, Handler] = {}
         self._signals: dict[str, NamedSignal] = {}
         self.backgrounds: list[Background] = []
+        self._checks: list[Callable[[], object]] = []
 
     def __repr__(self) -> str:
         return f"<Service {self.name!r}: {', '.join(self.topics) or 'no topics'}>"
@@ -113,6 +115,15 @@ class Service:
         self.backgrounds.append(function)
         return function
 
+    def at_start(self, function: C) -> C:
+        """Register *function* for looking at the settings of the service's own when a process of it starts.
+
+        It is called without arguments, before anything is connected to, and raises ConfigurationError for what can't work: the
+        process ends with that text and exit code 1, instead of failing message by message.
+        """
+        self._checks.append(function)
+        return function
+
     def _add(self, topic: str, handler: Handler) -> None:
         try:
             check_name("topic", topic, forbidden="*#", blanks=False)
@@ -135,8 +146,12 @@ class Service:
         return self._handlers.get(topic)
 
     def check(self) -> None:
-        """Raise ConfigurationError unless the service is ready to run: it has topics, and each signal has receivers."""
+        """Raise ConfigurationError, with every problem, unless the service is ready to run.
+
+        It has topics, each signal has receivers, and what was registered with `at_start` finds nothing wrong.
+        """
         problems = [handlers.check_receivers(signal, topic, self) for topic, signal in self._signals.items()]
+        problems += [_problem_of(each) for each in self._checks]
         if not self._handlers:
             problems.append(f"service {self.name!r} has no handlers; register one: @service.on('session.modified')")
         if any(problems):
@@ -166,3 +181,11 @@ class Service:
         from outbox.consumer.delivery import deliver_once
 
         return deliver_once(self, message, engine)
+
+
+def _problem_of(check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except ConfigurationError as error:
+        return str(error)
+    return None

@@ -394,3 +394,24 @@ def test_tables_of_the_consumer_are_made_by_deliver(engine: Engine) -> None:
     recorder = Recorder()
     recorder.service.deliver(message(3), engine)
     assert [row.number for row in rows(engine, recorder.effects)] == [3]
+
+
+def test_what_a_service_finds_wrong_with_its_own_settings_is_said_with_everything_else_at_its_start() -> None:
+    service = Service("letters")
+    looked = []
+
+    @service.at_start
+    def mail() -> None:
+        raise ConfigurationError("MAIL_URL=x: it must be smtp://host:port")
+
+    @service.at_start
+    def folder() -> None:
+        looked.append("folder")
+
+    with pytest.raises(ConfigurationError) as refused:
+        service.check()
+    assert looked == ["folder"]
+    assert str(refused.value).splitlines() == [
+        "MAIL_URL=x: it must be smtp://host:port",
+        "service 'letters' has no handlers; register one: @service.on('session.modified')",
+    ]

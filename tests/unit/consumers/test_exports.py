@@ -19,6 +19,7 @@ from consumers.exports.pentabarf import _zone
 from consumers.exports.programme import plain
 from outbox.consumer import Reject
 from outbox.database import create_engine
+from outbox.errors import ConfigurationError
 from outbox.message import Message, encode, new_id
 
 if TYPE_CHECKING:
@@ -212,6 +213,20 @@ def test_a_row_with_another_id_or_a_link_leads_to_no_file_outside_the_folder(
     world.write()
     assert list(victim.iterdir()) == []
     assert (world.folder / "event-1" / "schedule.ics").exists()
+
+
+@pytest.mark.parametrize("folder", ["a-file", "a-file/below", "no\0name", "/proc/nobody/may"])
+def test_a_folder_that_can_not_be_written_ends_the_service_at_its_start(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").touch()
+    monkeypatch.setattr("os.environ", {"EXPORTS_FOLDER": folder})
+    with pytest.raises(ConfigurationError, match=r"EXPORTS_FOLDER=.*; name a folder that this process may write"):
+        service.check()
+    monkeypatch.setattr("os.environ", {"EXPORTS_FOLDER": "made/at/start"})
+    service.check()
+    assert list((tmp_path / "made/at/start").iterdir()) == []
 
 
 def test_files_are_for_whom_the_umask_lets_read_and_addresses_for_the_group_at_most(world: World) -> None:
