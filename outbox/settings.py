@@ -213,6 +213,9 @@ class Settings:
         "CONSUMER_WORKERS", 4, _count(1, 64), "threads of a service (on SQLite one); a key is on one at a time"
     )
     consumer_batch: int = _setting("CONSUMER_BATCH", 50, _count(1, 1_000), "waiting messages that share one transaction")
+    handler_limit_seconds: float = _setting(
+        "CONSUMER_HANDLER_LIMIT", "10m", _duration("1s"), "a message longer in its handler makes /livez fail: a restart helps"
+    )
     consumer_max_attempts: int = _setting("CONSUMER_MAX_ATTEMPTS", 5, _count(1, 1_000), "then a delivery is parked")
     inbox_retention_seconds: float = _setting(
         "CONSUMER_INBOX_RETENTION", "14d", _duration("1h"), "how long a service remembers applied ids"

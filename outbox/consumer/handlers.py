@@ -6,9 +6,10 @@ import inspect
 from asyncio import CancelledError
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from outbox.consumer.calls import Calls
 from outbox.consumer.outcomes import HandlerMistake, Incomplete
 from outbox.errors import ConfigurationError
 
@@ -44,6 +45,7 @@ class Handler:
     name: str
     #: Fields without which the function can't be called.
     required: frozenset[str]
+    calls: Calls = field(default_factory=Calls, compare=False, repr=False)
 
     def __call__(self, message: Received, db_session: Session) -> None:
         """Handle *message*. Raises Incomplete for missing fields, and whatever the function raises."""
@@ -51,6 +53,13 @@ class Handler:
         if missing := sorted(self.required - fields.keys()):
             found = "its data is no JSON object" if fields is not message.data else f"it has {_listed(fields)}"
             raise Incomplete(f"{self.name} needs {_listed(missing)}; {found}")
+        call = self.calls.begin(message, self.name)
+        try:
+            self._call(message, db_session, fields)
+        finally:
+            self.calls.end(call)
+
+    def _call(self, message: Received, db_session: Session, fields: Mapping[str, Any]) -> None:
         token = current.set(Current(message, db_session))
         try:
             result = self.function(message, db_session, **fields)

@@ -29,6 +29,9 @@ handler_seconds = metrics.histogram("consumer_handler_seconds", "Time in the han
 end_to_end_seconds = metrics.histogram(
     "consumer_end_to_end_seconds", "From sending a signal to the commit of its effect.", ("service", "topic")
 )
+oldest_call_seconds = metrics.gauge(
+    "consumer_oldest_handler_seconds", "For how long the message that takes longest has been in its handler.", ("service",)
+)
 parked_messages = metrics.gauge("consumer_parked_messages", "Messages set aside, discarded ones not counted.", ("service",))
 
 

@@ -2,6 +2,10 @@
 
 A key is in one worker's hands at a time, and its messages leave in the order they came; keys run beside each other.
 Messages without a key wait for nobody.
+
+What shares a batch shares its fate until the batch is done: while one message of it takes long, the keys of the others
+wait. So a batch is no more than a second of work, as far as one can tell: messages whose handler was slow of late, or was
+not yet called, or is in a call that does not end, come alone. And it is no more than a mebibyte of bodies.
 """
 
 from __future__ import annotations
@@ -11,10 +15,17 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from outbox.consumer.arrival import again
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from outbox.consumer.arrival import Arrival, Key
+
+#: How much work one transaction is, by what its handlers took of late.
+_BATCH_SECONDS = 1.0
+#: And how much it holds in memory, decoded.
+_BATCH_BYTES = 1024 * 1024
 
 
 @dataclass(slots=True, eq=False)
@@ -26,10 +37,40 @@ class _Lane:
     taken: bool = False
 
 
-class Waiting:
-    """The waiting messages of a service, shared by the receiving thread (`add`) and the workers (`take`, `release`)."""
+class _Batch:
+    """What one worker is about to be given."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int, seconds_of: Callable[[Arrival], float]) -> None:
+        self.arrivals: list[Arrival] = []
+        self._limit = limit
+        self._seconds_of = seconds_of
+        self._seconds = 0.0
+        self._bytes = 0
+
+    def takes(self, arrival: Arrival) -> bool:
+        """Add *arrival* if it may share the batch with what is in it; say whether it was added."""
+        seconds, size = self._seconds + self._seconds_of(arrival), self._bytes + len(arrival.body)
+        if self.arrivals and (
+            len(self.arrivals) >= self._limit
+            or arrival.suspect
+            or self.arrivals[0].suspect
+            or seconds > _BATCH_SECONDS
+            or size > _BATCH_BYTES
+        ):
+            return False
+        self.arrivals.append(arrival)
+        self._seconds, self._bytes = seconds, size
+        return True
+
+
+class Waiting:
+    """The waiting messages of a service, shared by the receiving thread (`add`) and the workers (`take`, `release`).
+
+    *seconds_of* says how long a message's handler may take.
+    """
+
+    def __init__(self, seconds_of: Callable[[Arrival], float] = lambda _: 0.0) -> None:
+        self._seconds_of = seconds_of
         self._changed = threading.Condition()
         self._lanes: dict[Key | None, _Lane] = {}
         self._ready: deque[_Lane] = deque()  # lanes that hold messages and are not taken
@@ -49,30 +90,28 @@ class Waiting:
     def take(self, limit: int) -> list[Arrival] | None:
         """Wait for messages and return at most *limit*, whose keys are the caller's until `release`; None when closed.
 
-        A suspect comes alone.
+        A suspect comes alone, and what may take long.
         """
         with self._changed:
             while not self._ready and not self._closed:
                 self._changed.wait()
             if self._closed:
                 return None
-            batch: list[Arrival] = []
-            while self._ready and len(batch) < limit:
-                lane = self._ready.popleft()
-                self._fill(batch, lane, limit)
-                if batch[-1].suspect or (lane.messages and lane.messages[0].suspect):
-                    break
-            return batch
+            batch = _Batch(limit, self._seconds_of)
+            while self._ready and batch.takes(self._ready[0].messages[0]):
+                self._fill(batch, self._ready.popleft())
+            if self._ready:
+                self._changed.notify()
+        return [again(each) if each.slim else each for each in batch.arrivals]
 
-    def _fill(self, batch: list[Arrival], lane: _Lane, limit: int) -> None:
-        while lane.messages and len(batch) < limit and not (batch and lane.messages[0].suspect):
-            batch.append(lane.messages.popleft())
-            lane.taken = lane.key is not None
-            if batch[-1].suspect:
-                break
+    def _fill(self, batch: _Batch, lane: _Lane) -> None:
+        """Move from *lane* what shares *batch*; it took the first one."""
+        lane.messages.popleft()
+        lane.taken = lane.key is not None
+        while lane.messages and batch.takes(lane.messages[0]):
+            lane.messages.popleft()
         if lane.messages and not lane.taken:
-            self._ready.append(lane)
-            self._changed.notify()
+            self._ready.append(lane)  # behind the others: messages without a key are not to starve keys
 
     def release(self, batch: Sequence[Arrival]) -> None:
         """The caller is done with the keys of *batch*."""

@@ -31,6 +31,7 @@ from outbox.consumer.pool import Pool
 from outbox.consumer.redrive import Redriver
 from outbox.consumer.upkeep import Upkeep
 from outbox.consumer.waiting import Waiting
+from outbox.consumer.watch import Watch
 from outbox.errors import BrokerError, ConfigurationError, Unavailable
 from outbox.logs import say
 from outbox.masking import mask
@@ -98,17 +99,24 @@ class Runtime:
         self._said: set[str] = set()
         self._turned_at = time.monotonic()
         policy = policy or Policy(max_attempts=settings.consumer_max_attempts)
-        self._waiting = Waiting()
+        self._waiting = Waiting(self._expected_seconds)
+        self._watch = Watch(service)
         self._pause = Pause(service.name, policy, self._stopping, self._rng)
         turnstile = Turnstile()
         # SQLite has one writer: more workers would only wait for each other's lock, in ever longer naps.
         workers = 1 if engine.dialect.name == "sqlite" else settings.consumer_workers
         batch = service.batch or settings.consumer_batch
+        # What one worker takes no other has: of a small prefetch each gets its share.
+        share = max(1, settings.consumer_prefetch // workers)
         attempts = [self._attempts(number, policy) for number in range(workers + 1)]
-        self._pool = Pool(attempts[:workers], self._waiting, turnstile, batch=batch, wake=self._wake)
+        self._pool = Pool(attempts[:workers], self._waiting, turnstile, batch=min(batch, share), wake=self._wake)
         self._redriver = Redriver(attempts[workers], turnstile, self._stopping, batch=batch)
         self._upkeep = Upkeep(service, engine, retention_seconds=settings.inbox_retention_seconds)
         self._backgrounds = [background.Worker(service.name, each, engine) for each in service.backgrounds]
+
+    def _expected_seconds(self, arrival: Arrival) -> float:
+        handler = self._service.handler(arrival.topic) if arrival.message is not None else None
+        return 0.0 if handler is None else handler.calls.expected_seconds()
 
     def _attempts(self, number: int, policy: Policy) -> Attempts:
         return Attempts(Deliveries(self._service, self._engine, number), policy, self._pause, self._rng)
@@ -192,7 +200,9 @@ class Runtime:
         unfinished = [each for each in self._backgrounds if not each.stop(max(0.0, deadline - time.monotonic()))]
         self._upkeep.stop()
         if cut_short:
-            self._say("consumer.cut_short", "a handler did not end in time; its transaction is rolled back", logging.ERROR)
+            who = f": {named}" if (named := self._watch.named()) else ""
+            sentence = f"a handler did not end in time; its transaction is rolled back{who}"
+            self._say("consumer.cut_short", sentence, logging.ERROR)
         if unfinished:
             self._say("consumer.cut_short", "background work did not end in time; the next process goes on", logging.ERROR)
         if cut_short or unfinished or self._pool.crash is not None:
@@ -251,6 +261,7 @@ class Runtime:
                 return
             failures += 1
             self._upkeep.look(None)
+            self._watch.look()
             if self._drain and time.monotonic() - connected_at > _DRAIN_PATIENCE_SECONDS:
                 raise Unavailable(f"no connection to {shown(self._url)}: {self._lost}; start the broker and drain again")
             self._stopping.wait(_RECONNECT.wait(failures, self._rng))
@@ -297,6 +308,7 @@ class Runtime:
         if link.acknowledge():
             failpoints.reached("K5")
         self._upkeep.look(link)
+        self._watch.look()
 
     def _is_drained(self, link: Link) -> bool:
         quiet = self._redriver.idle and not link.in_hand() and link.backlog(self._topology) == 0 and not link.in_hand()
@@ -322,10 +334,12 @@ class Runtime:
             server.stop()
 
     def live(self) -> http.Health:
-        """Whether the loop turns, whatever the servers do."""
-        age = time.monotonic() - self._turned_at
+        """Whether the loop turns and handlers end, whatever the servers do."""
+        age, longest = time.monotonic() - self._turned_at, self._watch.oldest_seconds()
         stuck = self._link is not None and age > _STUCK_SECONDS
-        return http.Health(not stuck and self._pool.crash is None, {"service": self._service.name, "turned_seconds_ago": age})
+        hung = longest > self._settings.handler_limit_seconds
+        detail = {"service": self._service.name, "turned_seconds_ago": age, "oldest_handler_seconds": longest}
+        return http.Health(not stuck and not hung and self._pool.crash is None, detail)
 
     def ready(self) -> http.Health:
         """Whether messages can be received and applied."""

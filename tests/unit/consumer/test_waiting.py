@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox.consumer.arrival import Arrival, read
+from outbox.consumer.arrival import Arrival, read, slim
 from outbox.consumer.waiting import Waiting
 from outbox.message import cloud_event
 from tests.consuming import message
@@ -153,3 +154,70 @@ def test_every_message_comes_once_and_those_of_a_key_in_order_and_never_in_two_h
         waiting.release(batch)
     assert sorted(number for numbers in order.values() for number in numbers) == list(range(1, len(messages) + 1))
     assert all(numbers == sorted(numbers) for numbers in order.values())
+
+
+# --- what shares a batch -------------------------------------------------------------------------------------------------
+
+
+def slow(seconds: dict[int, float], *arrivals: Arrival) -> Waiting:
+    """Messages of which some take so many seconds, by their number."""
+    waiting = Waiting(lambda each: seconds.get(each.message.data["number"], 0.0) if each.message else 0.0)
+    for each in arrivals:
+        waiting.add(each)
+    return waiting
+
+
+def batches(waiting: Waiting) -> list[list[int]]:
+    found = []
+    while len(waiting):
+        batch = waiting.take(50) or []
+        found.append([number for _, number in named(batch)])
+        waiting.release(batch)
+    return found
+
+
+def test_a_batch_is_no_more_than_a_second_of_work() -> None:
+    waiting = slow(dict.fromkeys(range(1, 11), 0.3), *(arrival(f"key:{number}", number) for number in range(1, 11)))
+    assert batches(waiting) == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10]]
+
+
+def test_what_may_take_long_comes_alone_and_the_rest_together() -> None:
+    waiting = slow({3: 60.0, 5: inf}, *(arrival(f"key:{number}", number) for number in range(1, 8)))
+    assert batches(waiting) == [[1, 2], [3], [4], [5], [6, 7]]
+
+
+def test_messages_behind_a_slow_one_of_their_key_wait_for_its_release() -> None:
+    waiting = slow({1: 60.0}, arrival("a", 1), arrival("a", 2), arrival("b", 3))
+    first = waiting.take(50) or []
+    assert named(first) == [("a", 1)]
+    assert taken(waiting, 50) == [("b", 3)]
+    waiting.release(first)
+    assert taken(waiting, 50) == [("a", 2)]
+
+
+def test_messages_without_a_key_take_turns_with_keys() -> None:
+    waiting = slow(dict.fromkeys(range(1, 4), 1.0), *(arrival(None, number) for number in range(1, 4)), arrival("a", 4))
+    assert batches(waiting) == [[1, 4], [2], [3]]
+
+
+def test_each_of_several_slow_messages_without_a_key_wakes_another_worker() -> None:
+    waiting = slow({1: inf, 2: inf}, arrival(None, 1), arrival(None, 2))
+    got: list[list[tuple[str | None, int]]] = []
+    workers = [threading.Thread(target=lambda: got.append(taken(waiting, 50)), daemon=True) for _ in range(2)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join(5)
+    assert sorted(got) == [[(None, 1)], [(None, 2)]]
+
+
+def test_a_batch_holds_no_more_than_a_mebibyte_of_bodies_but_at_least_one() -> None:
+    def large(number: int, size: int) -> Arrival:
+        body = b'{"number":%d,"text":"%s"}' % (number, b"x" * size)
+        return slim(read(cloud_event(message(key=f"key:{number}", sequence=1, body=body))))
+
+    waiting = filled(large(1, 2**21), *(large(number, 300_000) for number in range(2, 6)))
+    found = []
+    while len(waiting):
+        found.append(waiting.take(50) or [])
+    assert [[each.message.data["number"] for each in batch if each.message] for batch in found] == [[1], [2, 3, 4], [5]]

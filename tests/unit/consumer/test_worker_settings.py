@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from outbox.consumer import tables
+from outbox.consumer import tables, waiting
 from tests.consuming import EXCHANGE, Desk, Recorder, Running, message, rows, running, settings_for
 from tests.kit.waiting import eventually
 
@@ -57,8 +57,9 @@ def test_the_prefetch_is_how_many_messages_leave_the_queue_at_once(tmp_path: Pat
 
 @pytest.mark.parametrize(("of_service", "of_settings", "most"), [(None, "2", 2), (1, "50", 1), (None, "50", 9)])
 def test_the_batch_is_how_many_messages_share_a_transaction(
-    tmp_path: Path, of_service: int | None, of_settings: str, most: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_service: int | None, of_settings: str, most: int
 ) -> None:
+    monkeypatch.setattr(waiting, "_BATCH_SECONDS", 3600.0)  # the gate makes a slow handler
     gate = Gate()
     recorder = Recorder(before=gate, batch=of_service)
     with running(recorder.service, settings(tmp_path, CONSUMER_BATCH=of_settings)) as service:
@@ -111,3 +112,27 @@ def test_sqlite_has_one_writer_and_a_service_on_it_one_worker(tmp_path: Path) ->
         Desk(f"embedded:///{tmp_path}/broker.db").publish(*(message(number) for number in range(20)))
         eventually(lambda: service.status().applied_total == 20)
     assert len(names) == 1
+
+
+def test_of_a_small_prefetch_no_worker_takes_all(tmp_path: Path, postgres_url: str) -> None:
+    together = threading.Barrier(4)  # one worker with all eight would never pass it
+    broker = f"embedded:///{tmp_path}/broker.db"
+    recorder = Recorder(before=lambda *_: together.wait(20))
+    given = settings_for(broker, postgres_url, CONSUMER_PREFETCH="8", CONSUMER_WORKERS="4")
+    with running(recorder.service, given) as service:
+        calls = recorder.service.handler("session.modified").calls  # type: ignore[union-attr]
+        calls.end(calls.begin(None, "a quick one"))  # type: ignore[arg-type]
+        Desk(broker).publish(*(message(number) for number in range(8)))
+        eventually(lambda: service.status().applied_total == 8, 20, "all to be applied")
+
+
+def test_a_handler_beyond_the_limit_makes_the_process_no_good(tmp_path: Path) -> None:
+    gate = Gate()
+    recorder = Recorder(before=gate)
+    with running(recorder.service, settings(tmp_path, CONSUMER_HANDLER_LIMIT="1s")) as service:
+        assert service.runtime.live().ok
+        Desk(f"embedded:///{tmp_path}/broker.db").publish(message(1))
+        eventually(lambda: not service.runtime.live().ok, what="the limit to be passed")
+        assert service.runtime.live().detail["oldest_handler_seconds"] > 1.0
+        gate.open()
+        eventually(lambda: service.runtime.live().ok, what="the handler to return")
