@@ -160,14 +160,14 @@ def test_each_reason_for_having_no_connection_is_said_once_until_there_is_one(
         return Link(*arguments, **options)
 
     monkeypatch.setattr(worker, "_RECONNECT", Backoff(0.001, 0.002))
-    with running(Recorder().service, settings) as service:
+    with running(Recorder().service, settings) as service, Queues(path_of(str(settings.broker_url))) as queues:
         monkeypatch.setattr(worker, "Link", connect)
-        assert service.runtime._link is not None
-        service.runtime._link._raw.close()  # the next turn finds it closed
+        queues.delete_queue(QUEUE)
+        queues.declare_queue(QUEUE)
         eventually(lambda: not reasons and service.runtime.ready().ok, what="it to be back")
     said = [record.message for record in caplog.records if getattr(record, "outbox_event", "") == "consumer.disconnected"]
-    assert [reason for reason in ("closed", "refused", "password") if any(reason in each for each in said)] == [
-        "closed",
+    assert [reason for reason in ("deleted", "refused", "password") if any(reason in each for each in said)] == [
+        "deleted",
         "refused",
         "password",
     ]
