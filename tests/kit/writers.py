@@ -1,7 +1,7 @@
 """A process that commits messages and, in the same transactions, a ledger of them by ordinary SQL.
 
-`python -m tests.kit.writers SEED` works on DATABASE_URL until SIGTERM; it may be killed anywhere. The ledger is the truth: it
-has a row for each message that committed, and none for what was rolled back.
+`python -m tests.kit.writers SEED [PACE]` works on DATABASE_URL until SIGTERM; it may be killed anywhere. The ledger is the
+truth: it has a row for each message that committed, and none for what was rolled back.
 """
 
 from __future__ import annotations
@@ -123,9 +123,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     failpoints.arm(os.environ)
     chance = random.Random(sys.argv[1])
+    pace = float(sys.argv[2]) if len(sys.argv) > 2 else PACE_SECONDS
     writer = Writer(os.environ["DATABASE_URL"], chance)
     print("writing", flush=True)
-    while not stop.wait(chance.uniform(0, PACE_SECONDS)):
+    while not stop.wait(chance.uniform(0, pace)):
         with suppress(DBAPIError):  # the server went away; whether the transaction committed, the ledger knows
             writer.transaction()
 
