@@ -61,6 +61,11 @@ chaos: $(STAMP) ## the tests that kill processes and servers (SEED=42: as in the
 	@$(PYTHON) -m tests.kit.provision
 	@TEST_SEED=$(SEED) $(PYTHON) -m pytest -m faults $(ARGS)
 
+.PHONY: lab
+lab: $(STAMP) ## an installation under one fault after the other, with a verdict (SECONDS=3600 SEED=42 FAULTS=a,b)
+	@$(PYTHON) -m tests.kit.provision
+	@$(PYTHON) -m tests.lab --seconds $(or $(SECONDS),300) $(if $(SEED),--seed $(SEED)) $(if $(FAULTS),--faults $(FAULTS)) $(ARGS)
+
 .PHONY: lint
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	@$(PYTHON) -m ruff check .

@@ -76,14 +76,16 @@ class Canary:
                 for topic in sorted(self.trouble):
                     with Session(engine) as session:
                         for each in range(_TROUBLE_PER_ROUND):
-                            self._send(outbox, session, topic, f"{topic}:{(number + each) % 50}", number)
+                            # Half of them without a key: only those fill a window when none of them is answered.
+                            key = f"{topic}:{(number + each) % 50}" if each % 2 else None
+                            self._send(outbox, session, topic, key, number)
                         session.commit()
             except DBAPIError:
                 continue
         engine.dispose()
 
     @staticmethod
-    def _send(outbox: Outbox, session: Session, topic: str, key: str, number: int) -> str:
+    def _send(outbox: Outbox, session: Session, topic: str, key: str | None, number: int) -> str:
         data = {"number": number}
         session.connection()
         id_ = str(outbox.send(topic, data, key=key, session=session))

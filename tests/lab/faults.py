@@ -256,6 +256,19 @@ def a_standby_that_lags_is_promoted(run: Run) -> Iterator[None]:
 
 
 @_fault(windows=4)
+def a_standby_is_promoted_while_answers_are_due(run: Run) -> Iterator[None]:
+    """As many messages as may be are in flight when the primary crashes, and are answered after its numbers began again."""
+    run.stage.postgres.add_standby()
+    run.stage.postgres.cut_replication()
+    run.stage.rabbit.suspend()
+    run.wait(run.chance.uniform(0.5, 2.0))
+    run.go_back_in_time()
+    run.wait(run.chance.uniform(0.0, 1.0))
+    run.stage.rabbit.resume()
+    yield
+
+
+@_fault(windows=4)
 def a_backup_is_restored(run: Run) -> Iterator[None]:
     """The database comes back as it was at the beginning of the fault."""
     run.stage.postgres.add_standby()

@@ -24,7 +24,7 @@ def summary(run: Run, judgement: Judgement, *, seed: int, seconds: float) -> dic
         "of_replaced_histories": judgement.forgotten,
         "duplicates": healthy,
         "duplicates_of_troubled_topics": sum(judgement.duplicates.values()) - healthy,
-        "problems": {kind: found[:20] for kind, found in judgement.problems.items()},
+        "problems": {kind: {"count": len(found), "some": found[:20]} for kind, found in judgement.problems.items()},
         "ended_by_itself": run.fallen,
         "quiet": _figures(run.quiet),
         "faults": {
@@ -60,7 +60,7 @@ def table(found: dict[str, Any]) -> str:
         f"{'':44}{'times':>6}{'p50 ms':>10}{'p99 ms':>10}{'worst ms':>10}{'recovery s':>12}",
         _line("quiet", found["quiet"]),
         *(_line(name.replace("_", " "), figures) for name, figures in found["faults"].items()),
-        *(f"{kind.upper()}: {len(each)}: {each[:5]}" for kind, each in found["problems"].items()),
+        *(f"{kind.upper()}: {each['count']}: {each['some'][:5]}" for kind, each in found["problems"].items()),
         *(f"ENDED BY ITSELF: {each}" for each in found["ended_by_itself"]),
         "clean" if found["clean"] else "NOT CLEAN",
     ]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tests.lab.stage import Stage
 
 #: How long a fault is held, and the quiet after it, in seconds.
-_HOLD, _QUIET = (6.0, 14.0), (3.0, 5.0)
+_HOLD, _QUIET = (8.0, 16.0), (3.0, 5.0)
 #: The canary must be heard of again this long after a fault has healed, and everything drained at the end.
 _STUCK_SECONDS, _DRAIN_SECONDS = 60.0, 300.0
 _LEDGER = "SELECT message_id, key, digest, topic FROM ledger ORDER BY id"
