@@ -160,7 +160,8 @@ def _new_database(dsn: str) -> Iterator[str]:
 class RabbitServer(ServerProcess):
     """A private RabbitMQ node with the management plugin, an Erlang port mapper of its own, and guest/guest."""
 
-    def __init__(self) -> None:
+    def __init__(self, also_listen: str = "") -> None:
+        """*also_listen*: an address beside 127.0.0.1; guest may come from there, too."""
         self._sbin = self.programs()
         super().__init__("rabbitmq", system_user="rabbitmq")
         self.port, self._management_port, distribution_port, epmd_port = (free_port() for _ in range(4))
@@ -176,7 +177,8 @@ class RabbitServer(ServerProcess):
             f"management.tcp.port = {self._management_port}\n"
             "disk_free_limit.absolute = 50MB\n"
             "raft.wal_max_size_bytes = 33554432\n"
-            "log.file.level = info\n",
+            "log.file.level = info\n"
+            + (f"listeners.tcp.2 = {also_listen}:{self.port}\nloopback_users = none\n" if also_listen else ""),
         )
         self._write(".erlang.cookie", uuid.uuid4().hex, mode=0o400)
         for empty in ("conf.d", "mnesia", "log"):

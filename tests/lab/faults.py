@@ -115,7 +115,7 @@ def a_service_is_killed(run: Run) -> Iterator[None]:
     """And replaced at once."""
     victim = run.chance.choice(run.stage.services)
     victim.kill()
-    run.stage.replace(run.stage.services, victim, run.stage.new_service)
+    run.stage.replace(victim)
     yield
 
 
@@ -131,7 +131,7 @@ def a_service_hangs_and_goes_on(run: Run) -> Iterator[None]:
 @_fault(contained=True)
 def a_service_is_restarted(run: Run) -> Iterator[None]:
     """SIGTERM, as in a rolling deployment."""
-    _restart(run, run.stage.services, run.stage.new_service)
+    _restart(run, run.chance.choice(run.stage.services))
     yield
 
 
@@ -143,7 +143,7 @@ def a_relay_is_killed(run: Run) -> Iterator[None]:
     """SIGKILL, whichever it is; a new one comes."""
     victim = run.chance.choice(run.stage.relays)
     victim.kill()
-    run.stage.replace(run.stage.relays, victim, run.stage.new_relay)
+    run.stage.replace(victim)
     yield
 
 
@@ -159,15 +159,36 @@ def a_relay_hangs_and_goes_on(run: Run) -> Iterator[None]:
 @_fault()
 def a_relay_is_restarted(run: Run) -> Iterator[None]:
     """SIGTERM, as in a rolling deployment."""
-    _restart(run, run.stage.relays, run.stage.new_relay)
+    _restart(run, run.chance.choice(run.stage.relays))
     yield
 
 
-def _restart(run: Run, processes: list[Process], new: Callable[[], Process]) -> None:
-    victim = run.chance.choice(processes)
+def _restart(run: Run, victim: Process) -> None:
     victim.terminate()
     assert victim.wait(60) == 0, victim.output
-    run.stage.replace(processes, victim, new)
+    run.stage.replace(victim)
+
+
+@_fault(windows=2)
+def the_network_of_a_machine_is_lost(run: Run) -> Iterator[None]:
+    """A relay and a process of the service can't reach anybody, and no end of their connections is told."""
+    run.stage.machine.pull()
+    yield
+    run.stage.machine.plug()
+
+
+@_fault(windows=2)
+def a_pooler_hangs(run: Run) -> Iterator[None]:
+    """The one between a relay and the database keeps its connections and answers nothing."""
+    yield from _hanging(run.stage.pooler)
+
+
+@_fault(windows=1)
+def a_pooler_is_restarted(run: Run) -> Iterator[None]:
+    """It crashes, and is there again at the end."""
+    run.stage.pooler.kill()
+    yield
+    run.stage.pooler.start()
 
 
 # --- the broker -------------------------------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
+import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.kit.netns import Machine
+from tests.kit.pgbouncer import PgBouncer
 from tests.kit.processes import ROOT, Process
 from tests.kit.recorder import NAME
 from tests.kit.replication import FailingOverPostgres
@@ -21,7 +24,7 @@ from tests.lab.topics import FULL, SILENT, TAPPED, UNBOUND
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from types import TracebackType
     from typing import Self
 
@@ -41,10 +44,14 @@ class Stage:
         self._closing = ExitStack()
         self._folder = Path(self._closing.enter_context(tempfile.TemporaryDirectory(prefix="outbox-lab-")))
         self._numbers = itertools.count(1)
+        #: A second machine, with a cable that can be pulled: every second relay and service runs there.
+        self.machine = self._closing.enter_context(Machine())
+        here_and_there = f"127.0.0.1,{self.machine.outer_address}"
         #: The outbox's database; the service has another server, which does not go back in time.
-        self.postgres = FailingOverPostgres(max_connections=100)
-        self.service_postgres = PostgresServer()
-        self.rabbit = RabbitServer()
+        self.postgres = FailingOverPostgres(max_connections=100, listen_addresses=here_and_there)
+        self.service_postgres = PostgresServer(listen_addresses=here_and_there)
+        self.rabbit = RabbitServer(also_listen=self.machine.outer_address)
+        self.pooler: PgBouncer
         self.world: World
         self.relays: list[Process] = []
         self.services: list[Process] = []
@@ -56,6 +63,11 @@ class Stage:
         for server in (self.postgres, self.service_postgres, self.rabbit):
             self._closing.callback(server.discard)
             server.start()
+        for server in (self.postgres, self.service_postgres):
+            server.admit(self.machine.network)
+        self.pooler = PgBouncer(self.postgres.url, pool_size=10)
+        self._closing.callback(self.pooler.discard)
+        self.pooler.start()
         url = self._closing.enter_context(self.postgres.database())
         service_url = self._closing.enter_context(self.service_postgres.database())
         self.world = rabbit_world(self._spawn, url, self.rabbit.url, service_url, **_ENV)
@@ -101,36 +113,51 @@ class Stage:
 
     def start(self) -> None:
         """Start what an installation runs: two relays, two processes of the service, two writers."""
-        self.relays = [self.new_relay(), self.new_relay()]
-        self.services = [self.new_service(), self.new_service()]
+        self.relays = [self._new_relay(0), self._new_relay(1)]
+        self.services = [self._new_service(0), self._new_service(1)]
         self.writers = [self.world.start("python", "-m", "tests.kit.writers", str(self._chance.random()), _PACE) for _ in "12"]
         for writer in self.writers:
             writer.wait_for_line("writing")
 
-    def new_relay(self) -> Process:
-        return self.world.relay()
+    def _new_relay(self, place: int) -> Process:
+        """A relay: the first one behind the pooler, the second on the other machine."""
+        if place:
+            return self._elsewhere("outbox", "relay")
+        return self.world.relay(DATABASE_URL=self.pooler.through(self.world.env["DATABASE_URL"]))
 
-    def new_service(self) -> Process:
-        return self.world.service()
+    def _new_service(self, place: int) -> Process:
+        """A process of the service; the second one on the other machine."""
+        return self._elsewhere("outbox", "consumer", "run", NAME) if place else self.world.service()
 
-    def replace(self, processes: list[Process], victim: Process, new: Callable[[], Process]) -> None:
+    def _elsewhere(self, program: str, *arguments: str) -> Process:
+        """Start one of the project's commands on the other machine, where the servers have another address."""
+        there = {
+            name: self.world.env[name].replace("127.0.0.1", self.machine.outer_address)
+            for name in ("DATABASE_URL", "BROKER_URL", "CONSUMER_DATABASE_URL")
+        }
+        beside = str(Path(sys.executable).parent / program)
+        return self.world.start(*self.machine.inside, beside, *arguments, **there)
+
+    def replace(self, victim: Process) -> None:
         """Put a new process where *victim* was, as a supervisor does."""
-        processes[processes.index(victim)] = new()
+        for processes, new in ((self.relays, self._new_relay), (self.services, self._new_service)):
+            if victim in processes:
+                place = processes.index(victim)
+                processes[place] = new(place)
 
     def fallen(self) -> list[str]:
         """Return what ended by itself and should not have; each is started again, as a supervisor would."""
         ended = []
-        for processes, new in ((self.relays, self.new_relay), (self.services, self.new_service)):
-            for process in [each for each in processes if each.exit_code is not None]:
-                ended.append(f"{process!r}: {process.output.splitlines()[-1:]}")
-                self.replace(processes, process, new)
+        for process in [each for each in (*self.relays, *self.services) if each.exit_code is not None]:
+            ended.append(f"{process!r}: {process.output.splitlines()[-1:]}")
+            self.replace(process)
         return ended
 
     # --- the end ---
 
     def heal(self) -> None:
         """Everything as it was at the start, whatever a fault left behind."""
-        for server in (self.postgres, self.service_postgres, self.rabbit):
+        for server in (self.postgres, self.service_postgres, self.rabbit, self.pooler):
             if not server.running:
                 server.start()
         with contextlib.suppress(AssertionError):
