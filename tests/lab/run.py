@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from contextlib import ExitStack
@@ -54,6 +55,7 @@ class Run:
         self.chance = chance
         self._say = say
         self._closing = ExitStack()
+        self._never = threading.Event()
         self.canary = Canary(stage.world.env["DATABASE_URL"])
         self.tap = Tap(stage.world.env["BROKER_URL"])
         self.held: dict[str, Held] = defaultdict(Held)
@@ -76,7 +78,7 @@ class Run:
 
     def wait(self, seconds: float) -> None:
         """Let the world go on; what is waited for is the passing of time itself."""
-        time.sleep(seconds)
+        self._never.wait(seconds)
 
     @property
     def outbox_dsn(self) -> str:
