@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
-from outbox import duration
+import sqlalchemy as sa
+
+from outbox import database, duration
 from outbox.backoff import Backoff
+from outbox.database import notifications
 from outbox.relay.telemetry import Announcer
 from outbox.store.drain import describe
 from outbox.wakeup import CHANNEL
@@ -21,6 +26,13 @@ log = logging.getLogger(__name__)
 
 #: How long the thread waits for a notification before it looks whether it should end.
 _WAIT_SECONDS = 0.2
+#: How long a notification to itself may take.
+_TRIAL_SECONDS = 5.0
+_ADVICE = "let the relay's DATABASE_URL name the server itself"
+
+
+class _Deaf(Exception):
+    """LISTEN can't work on this connection."""
 
 
 class Listener:
@@ -38,9 +50,7 @@ class Listener:
 
     def start(self) -> None:
         """Begin to listen, if the database can tell."""
-        if self._engine.dialect.name == "postgresql" and self._engine.dialect.driver != "psycopg":
-            self._say_deaf(f"the driver {self._engine.dialect.driver} can't wait for notifications, psycopg can")
-        elif self._engine.dialect.name == "postgresql":
+        if self._engine.dialect.name == "postgresql":
             self._thread.start()
 
     def stop(self) -> None:
@@ -66,15 +76,32 @@ class Listener:
         pooled.detach()  # it is this thread's alone, and stays open while the pool's come and go
         try:
             connection.autocommit = True
-            connection.execute(f"LISTEN {CHANNEL}")
+            # Through a pooler LISTEN would succeed, hear nothing, and stay on a connection that others use.
+            if notifications.is_pooled(connection):
+                raise _Deaf(f"there is a pooler between, which hands on no notifications; {_ADVICE}")
+            notifications.listen(connection, CHANNEL)
+            if not self._hears(connection):
+                notifications.unlisten(connection, CHANNEL)  # most likely the same server connection, if there are several
+                raise _Deaf(f"a notification to itself did not come back, as through a pooler; {_ADVICE}")
             self._heard = True
             self._announcer.state("wakeup", "listening", logging.INFO, "commits are heard of at once")
             self._wake()  # for what was committed before
             while not self._stopping.is_set():
-                for _ in connection.notifies(timeout=_WAIT_SECONDS):
+                if notifications.heard(connection, _WAIT_SECONDS):
                     self._wake()
         finally:
             connection.close()
+
+    def _hears(self, connection: Any) -> bool:
+        """Say whether a notification that another connection sends arrives here."""
+        token = secrets.token_hex(8)
+        with database.autocommitting(self._engine).connect() as another:
+            another.execute(sa.select(sa.func.pg_notify(CHANNEL, token)))
+        deadline = time.monotonic() + _TRIAL_SECONDS
+        while time.monotonic() < deadline and not self._stopping.is_set():
+            if token in notifications.heard(connection, _WAIT_SECONDS):
+                return True
+        return False
 
     def _say_deaf(self, problem: str) -> None:
         self._announcer.state(
