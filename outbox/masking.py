@@ -15,15 +15,15 @@ _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _URL = re.compile(
     r"[a-zA-Z][a-zA-Z0-9+.-]*://"
     r"([^/?#@\s;,]*@)?"  # user and password
-    r"([\w.-]*|\[[0-9a-fA-F:.]+\])(:\d*)?"  # host and port
-    r"(/[^?#@\s;,]*)?(\?[^#@\s]*)?"  # path and parameters
+    r"([\w.-]*|\[[0-9a-fA-F:.]+\])(:\d+)?"  # host and port
+    r"(/[^?#@\s;,]*)?(\?[^=#@\s]+=[^#@\s]*)?"  # path and parameters
 )
 #: A file, hence nobody's password.
 _FILE = re.compile(r"(sqlite(\+\w+)?|embedded):///[^@]*")
 _HOST = re.compile(r"(localhost|[\w-]+(\.[\w-]+)+)(:\d+)?")
 _WITH_SCHEME = re.compile(r"://([^\n]*)@")
 _WITHOUT_SCHEME = re.compile(r"([^\s:/@]*):[^\s@/][^\s@]*@")
-_PARAMETER = re.compile(r"(?i)(?<![\w-])([\w-]*(?:pass|pwd|secret|token|credential)[\w-]*=)('[^']*'|[^&;\s]*)")
+_PARAMETER = re.compile(r"(?i)(?<![\w-])([\w-]*(?:pass|pwd|secret|token|credential)[\w-]*=)('[^']*'|[^&\s]*)")
 
 
 def shown(value: str) -> str:

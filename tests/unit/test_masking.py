@@ -43,7 +43,10 @@ _FORMS = (
 )
 _NAMES = ("DATABASE_URL", "BROKER_URL", "BROKER_MANAGEMENT_URL", "CONSUMER_DATABASE_URL")
 _URLS = st.builds(
-    lambda form, scheme, before, after: form.format(scheme=scheme, password=f"{before}{SECRET}{after}"),
+    # Behind an & there is another parameter, whoever meant it otherwise.
+    lambda form, scheme, before, after: form.format(
+        scheme=scheme, password=f"{before.replace('&', '%26') if '={password}' in form else before}{SECRET}{after}"
+    ),
     st.sampled_from(_FORMS),
     st.sampled_from(_SCHEMES),
     _JUNK,
