@@ -7,6 +7,7 @@ keeps the rest from running, and `muted()` in one thread mutes the signal in all
 
 from __future__ import annotations
 
+import dataclasses
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Capture:
         unheard: str,
         *,
         outbox: object,
-        hold: Callable[[Capture, object, dict[str, object]], UUID | None],
+        hold: Callable[[Capture, object, tuple[object, ...], dict[str, object]], UUID | None],
     ) -> None:
         if not isinstance(signal, Signal):
             raise ConfigurationError(f"{signal!r} is no Blinker signal; give one, such as Namespace().signal('sold')")
@@ -102,17 +103,26 @@ class Capture:
         self.outbox = outbox
         self._hold = hold
 
-    def __call__(self, sender: object, /, **data: object) -> UUID | None:
+    def __call__(self, sender: object, /, *unnamed: object, **data: object) -> UUID | None:
         """Hold one message for this sending of the signal and return its id: `send()` gives it among its receivers' results.
 
         None where the sender belongs to another outbox. Raises CaptureError or InvalidMessage, naming the signal.
         """
         try:
-            return self._hold(self, sender, data)
+            return self._hold(self, sender, unnamed, data)
         except CaptureError as error:
             raise CaptureError(f"signal {self.signal_name!r}: {error}") from error
         except InvalidMessage as error:
             raise InvalidMessage(f"signal {self.signal_name!r}: {error}") from error
+
+    def check(self, sender: object, unnamed: tuple[object, ...], data: Mapping[str, object]) -> None:
+        """Raise InvalidMessage if data was sent in a way that would lose it: without a name, or in the sender's place."""
+        advice = "the sender comes first, and each part of the data has a name: send(sender, event_id=7)"
+        if unnamed:
+            raise InvalidMessage(f"{len(unnamed)} arguments of send() beside the sender have no name; {advice}")
+        is_record = dataclasses.is_dataclass(sender) and not isinstance(sender, type) and not data
+        if isinstance(sender, (Mapping, list, tuple, set)) or is_record:
+            raise InvalidMessage(f"the sender is a {type(sender).__name__}, which looks like the data; {advice}")
 
     def __repr__(self) -> str:
         return f"<capture of signal {self.signal_name!r} as {self.topic!r}>"
@@ -124,18 +134,22 @@ class _CapturedSignal(Signal):
     `receivers_for` leaves captures out: they have run by then, and who calls receivers by hand is not sending.
     """
 
-    def send(self, sender: Any | None = None, /, **kwargs: Any) -> list[tuple[Callable[..., Any], Any]]:
-        return [*self._capture(sender, kwargs), *super().send(sender, **kwargs)]
+    def send(self, sender: Any | None = None, /, *unnamed: Any, **kwargs: Any) -> list[tuple[Callable[..., Any], Any]]:
+        return [*self._capture(sender, unnamed, kwargs), *super().send(sender, *unnamed, **kwargs)]
 
-    async def send_async(self, sender: Any | None = None, /, **kwargs: Any) -> list[tuple[Callable[..., Any], Any]]:
-        return [*self._capture(sender, kwargs), *await super().send_async(sender, **kwargs)]
+    async def send_async(
+        self, sender: Any | None = None, /, *unnamed: Any, **kwargs: Any
+    ) -> list[tuple[Callable[..., Any], Any]]:
+        return [*self._capture(sender, unnamed, kwargs), *await super().send_async(sender, *unnamed, **kwargs)]
 
     def receivers_for(self, sender: Any) -> Any:
         return (receiver for receiver in super().receivers_for(sender) if not isinstance(receiver, Capture))
 
-    def _capture(self, sender: object, kwargs: dict[str, Any]) -> list[tuple[Callable[..., Any], Any]]:
+    def _capture(
+        self, sender: object, unnamed: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[Callable[..., Any], Any]]:
         data = {name: value for name, value in kwargs.items() if name not in ("_async_wrapper", "_sync_wrapper")}
-        return [(capture, capture(sender, **data)) for capture in captures(self)]
+        return [(capture, capture(sender, *unnamed, **data)) for capture in captures(self)]
 
 
 def captures(signal: Signal) -> list[Capture]:

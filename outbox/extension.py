@@ -105,11 +105,21 @@ class Outbox:
     def init_app(self, app: Flask, session: Source | None = None, engine: Engine | AsyncEngine | None = None) -> None:
         """Read the settings of *app*, find its session, add `flask outbox …`; one outbox may serve several apps.
 
+        *session* is as in `Outbox(session=…)`; the app's Flask-SQLAlchemy is found, and may be given all the same.
         Raises ConfigurationError with all that is wrong, before anything is sent.
         """
+        if not hasattr(app, "extensions"):
+            raise ConfigurationError(
+                f"init_app got {type(app).__name__}, no Flask app; make the outbox with Outbox(), then outbox.init_app(app)"
+            )
         if "outbox" in app.extensions:
             raise ConfigurationError(f"app {app.name!r} has an outbox already; call init_app once for each app")
-        source = self._session or _FlaskSession(app) if session is None else sessions.source(session)
+        if session is None:
+            source = self._session or _FlaskSession(app)
+        elif _is_flask_sqlalchemy(session):
+            source = _FlaskSession(app)
+        else:
+            source = sessions.source(session)
         loaded = settings.load(self._arguments, config=app.config, environ=os.environ, for_app=True)
         if loaded.source is None:
             loaded = settings.override(loaded, {"OUTBOX_SOURCE": f"/{app.name}"})
@@ -202,7 +212,7 @@ class Outbox:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _hold(self, capture: Capture, sender: object, data: dict[str, object]) -> UUID | None:
+    def _hold(self, capture: Capture, sender: object, unnamed: tuple[object, ...], data: dict[str, object]) -> UUID | None:
         by = f"signal {capture.signal_name!r}"
         own = sessions.of_sender(sender)
         with nullcontext() if own is None else holding.dooming(own, by):
@@ -212,6 +222,7 @@ class Outbox:
             failpoints.reached("C1")
             db_session = own or self._current(state, by)
         with holding.dooming(db_session, by):
+            capture.check(sender, unnamed, data)
             key = None if capture.key is None else capture.key.fill(data)
             built = _build(state.settings, capture.topic, data, key, _NO_HEADERS, JSON)
             sent = self._sent(state, built, capture.unheard, by)
@@ -294,16 +305,11 @@ def _known(engine: Engine | None) -> Engine:
 
 def _build(given: Settings, topic: str, data: Any, key: str | None, headers: Mapping[str, str], content_type: str) -> Message:
     """Return the message, complete and final: later changes of what *data* holds change nothing."""
-    limit = given.max_body_bytes
     if not isinstance(headers, Mapping):
         raise InvalidMessage(f"headers is a {type(headers).__name__}; give a mapping of names to texts")
-    if content_type == JSON:
-        body = message.encode(data, limit=limit)
-    elif isinstance(data, (bytes, bytearray)) and len(data) <= limit:
-        body = bytes(data)
-    else:
-        raise InvalidMessage(f"data of content type {content_type!r} must be bytes, at most OUTBOX_MAX_BODY={limit} of them")
-    return Message(
+    limit = given.max_body_bytes
+    body = message.encode(data, limit=limit) if content_type == JSON else message.encoded(data, content_type, limit=limit)
+    built = Message(
         id=message.new_id(),
         source=given.source or "/",
         topic=topic,
@@ -313,6 +319,8 @@ def _build(given: Settings, topic: str, data: Any, key: str | None, headers: Map
         headers=MappingProxyType({**trace.headers(), **headers}),
         created_at=datetime.now(UTC),
     )
+    message.check_headers(built.headers)
+    return built
 
 
 def _setting_name(argument: str) -> str:
@@ -335,6 +343,12 @@ def _app_of(sender: object) -> Flask | None:
     if flask.has_app_context():
         return flask.current_app._get_current_object()  # type: ignore[no-any-return]
     return None
+
+
+def _is_flask_sqlalchemy(given: object) -> bool:
+    """Say whether *given* is a Flask-SQLAlchemy or -Lite, as other extensions are given them: `init_app(app, db)`."""
+    classes = (getattr(sys.modules.get(name), "SQLAlchemy", None) for name in ("flask_sqlalchemy", "flask_sqlalchemy_lite"))
+    return isinstance(given, tuple(cls for cls in classes if cls is not None))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from enum import Enum
+from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -32,6 +33,10 @@ JSON = "application/json"
 
 #: An AMQP 0-9-1 short string: topics are routing keys, keys travel in headers.
 MAX_NAME_BYTES = 255
+#: All headers together, as AMQP counts them: with key and topic they fit into the smallest frame a broker may ask for, 4 KiB.
+MAX_HEADERS_BYTES = 2048
+#: Objects and lists in one another: decoders of every language have a limit, Python's falls with the depth of its own calls.
+MAX_NESTING = 200
 #: Twenty digits hold every 64-bit number, so that text order is number order.
 SEQUENCE_DIGITS = 20
 
@@ -65,7 +70,8 @@ class Message:
     body: bytes = b""
     #: 1 to 255 bytes, an AMQP short string too.
     content_type: str = JSON
-    #: CloudEvents extension attributes, also AMQP headers: names of 1-20 lower-case letters and digits, values under 256 bytes.
+    #: CloudEvents extension attributes, also AMQP headers: names of 1-20 lower-case letters and digits, values under 256 bytes;
+    #: in a message that is sent now all of them together at most `MAX_HEADERS_BYTES`.
     headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS)
     #: When the signal was sent, in UTC.
     created_at: datetime
@@ -128,6 +134,22 @@ def _check_header(name: str, value: str) -> None:
         raise InvalidMessage(f"header {name!r}: its value must be printable text of at most {MAX_NAME_BYTES} bytes")
 
 
+def check_headers(headers: Mapping[str, str]) -> None:
+    """Raise InvalidMessage unless all *headers*, valid each for itself, can be sent in one frame.
+
+    Not asked of every Message: what version 0.1.0 has stored may be longer, and most brokers take it.
+    """
+    size = sum(len(name) + len(value.encode()) + _HEADER_OVERHEAD for name, value in headers.items())
+    if size > MAX_HEADERS_BYTES:
+        raise InvalidMessage(
+            f"the {len(headers)} headers have {size} bytes together, more than {MAX_HEADERS_BYTES}; send long texts in the data"
+        )
+
+
+#: Length and type of a name and of a value in an AMQP table.
+_HEADER_OVERHEAD = 6
+
+
 def new_id() -> UUID:
     """Return a UUIDv7 (RFC 9562): the first 48 bits are Unix milliseconds, so ids sort about as they were made."""
     milliseconds = time.time_ns() // 1_000_000
@@ -157,7 +179,29 @@ def encode(data: Any, *, limit: int) -> bytes:
         raise InvalidMessage(
             f"the data has {len(body)} bytes, more than OUTBOX_MAX_BODY={limit}; send ids or a link instead of the content"
         )
+    _check_nesting(body)
     return body
+
+
+def encoded(data: Any, content_type: str, *, limit: int) -> bytes:
+    """Return *data*, which is bytes of *content_type* already. Raises InvalidMessage where a consumer could not read them."""
+    if not isinstance(data, (bytes, bytearray)) or len(data) > limit:
+        raise InvalidMessage(f"data of content type {content_type!r} must be bytes, at most OUTBOX_MAX_BODY={limit} of them")
+    body = bytes(data)
+    if is_json(content_type):
+        _json(body, f"the data is no JSON in UTF-8, which content type {content_type!r} says it is")
+        _check_nesting(body)
+    return body
+
+
+def _check_nesting(body: bytes) -> None:
+    if body.count(b"[") + body.count(b"{") > MAX_NESTING:  # else it can't be nested deeper
+        opened_and_closed = _ALL_BUT_BRACKETS.sub(b"", body)
+        if max(accumulate(1 if byte in b"[{" else -1 for byte in opened_and_closed)) > MAX_NESTING:
+            raise InvalidMessage(f"the data is nested deeper than {MAX_NESTING} lists and objects; send it flatter")
+
+
+_ALL_BUT_BRACKETS = re.compile(rb'"(?:[^"\\]+|\\.)*"|[^\[\]{}"]+', re.DOTALL)
 
 
 def _plain(value: Any) -> Any:
@@ -242,9 +286,10 @@ def cloud_event(message: Message) -> bytes:
     if message.sequence is not None:
         attributes["sequence"] = f"{message.sequence:0{SEQUENCE_DIGITS}d}"
     attributes.update(message.headers)
+    if message.body or message.content_type != JSON:
+        attributes["datacontenttype"] = message.content_type
     if not message.body:
         return json.dumps(attributes, ensure_ascii=False, separators=(",", ":")).encode()
-    attributes["datacontenttype"] = message.content_type
     head = json.dumps(attributes, ensure_ascii=False, separators=(",", ":")).encode()[:-1]
     if message.content_type == JSON:
         return b"".join((head, b',"data":', message.body, b"}"))

@@ -132,7 +132,7 @@ def _named_errors(connection: Connection) -> Iterator[None]:
             where = connection.engine.url.set(query={}).render_as_string()
             raise SchemaError(
                 f"the outbox tables are missing in {where}, or older than this code; let DATABASE_URL name this database and "
-                "run: outbox migrate"
+                "run: outbox migrate (in a test, or for a database in memory: outbox.migrations.upgrade(engine))"
             ) from error
         raise
 

@@ -206,6 +206,23 @@ def test_an_engine_given_for_the_app_is_where_messages_go(tmp_path: Path) -> Non
         assert connection.scalar(sa.select(sa.func.count()).select_from(tables.pending)) == 1
 
 
+def test_the_extension_may_be_given_as_it_is_to_others(make: Make, sqlite_url: str) -> None:
+    app, outbox = Flask("shop"), Outbox()
+    db = make(app, sqlite_url)
+    outbox.init_app(app, db)
+    db.init_app(app)
+    with app.app_context():
+        migrations.upgrade(db.engine)
+        db.session.begin()
+        outbox.send("a.b", 1)
+        db.session.commit()
+        assert db.session.scalar(sa.select(sa.func.count()).select_from(tables.pending)) == 1
+    with pytest.raises(
+        ConfigurationError, match=r"init_app got SQLAlchemy, no Flask app; make the outbox with Outbox\(\), then"
+    ):
+        Outbox(db)
+
+
 def test_an_app_has_one_outbox() -> None:
     app, outbox = Flask("shop"), Outbox()
     outbox.init_app(app)

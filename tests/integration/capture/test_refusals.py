@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -54,6 +56,73 @@ def test_bytes_over_the_limit_are_refused(world: World) -> None:
     world.outbox.send("a.b", b"y" * 262_144, content_type="application/octet-stream")
     with pytest.raises(InvalidMessage, match="must be bytes, at most OUTBOX_MAX_BODY=262144 of them"):
         world.outbox.send("a.b", b"y" * 262_145, content_type="application/octet-stream")
+
+
+@pytest.mark.parametrize("content_type", ["text/json", "application/vnd.talk+json", "application/json; charset=utf-8"])
+def test_bytes_that_say_they_are_json_are_that(world: World, content_type: str) -> None:
+    world.begin()
+    world.outbox.send("a.b", '{"title": "é"}'.encode(), content_type=content_type)
+    for wrong in (b"{", b"", '"é"'.encode("latin-1")):
+        with pytest.raises(InvalidMessage, match=r"the data is no JSON in UTF-8, which content type .*json.* says it is"):
+            world.outbox.send("a.b", wrong, content_type=content_type)
+
+
+def nested(depth: int) -> list[Any]:
+    data: list[Any] = ["[{"]
+    for _ in range(depth - 1):
+        data = [data]
+    return data
+
+
+def test_data_that_a_decoder_might_find_too_deep_is_refused(world: World) -> None:
+    world.begin()
+    world.outbox.send("a.b", nested(200))
+    world.outbox.send("a.b", [{"[": "]"}] * 500)
+    with pytest.raises(InvalidMessage, match="nested deeper than 200 lists and objects; send it flatter"):
+        world.outbox.send("a.b", nested(201))
+    with pytest.raises(InvalidMessage, match="nested deeper than 200"):
+        world.outbox.send("a.b", b"[" * 201 + b"]" * 201, content_type="text/json")
+
+
+def test_headers_that_no_frame_would_hold_are_refused_together(world: World) -> None:
+    world.begin()
+    world.outbox.send("a.b", 1, headers={f"name{number}": "é" * 120 for number in range(8)})
+    with pytest.raises(
+        InvalidMessage, match="the 9 headers have 2259 bytes together, more than 2048; send long texts in the data"
+    ):
+        world.outbox.send("a.b", 1, headers={f"name{number}": "x" * 240 for number in range(9)})
+
+
+@dataclass
+class Sale:
+    item_id: int = 1
+
+
+@pytest.mark.parametrize("sender", [{"event_id": 1}, [1], (1,), {1}, Sale()], ids=lambda sender: type(sender).__name__)
+def test_data_in_the_place_of_the_sender_is_refused(world: World, sender: object) -> None:
+    session = world.begin()
+    with pytest.raises(
+        InvalidMessage, match=f"the sender is a {type(sender).__name__}, which looks like the data; the sender c"
+    ):
+        world.signal.send(sender)
+    with pytest.raises(CaptureError, match="can only be rolled back"):
+        session.commit()
+
+
+def test_a_service_that_is_a_dataclass_may_be_the_sender(world: World) -> None:
+    session = world.begin()
+    world.signal.send(Sale(), event_id=1, n=1)
+    session.commit()
+    assert world.numbers() == [1]
+
+
+def test_data_without_a_name_is_refused(world: World) -> None:
+    world.begin()
+    signal: Any = world.signal
+    with pytest.raises(InvalidMessage, match=r"signal 'talks_modified': 2 arguments of send\(\) .* have no name; .*event_id=7"):
+        signal.send(None, 1, "accepted", event_id=1)
+    with pytest.raises(InvalidMessage, match="1 arguments of send"):
+        asyncio.run(signal.send_async(None, {"event_id": 1}))
 
 
 def test_a_cycle_is_refused(world: World) -> None:

@@ -16,7 +16,9 @@ from outbox.errors import ConfigurationError, InvalidMessage
 
 def captured(signal: Signal, into: list[Any]) -> Capture:
     """Return a capture of *signal* that only notes what it gets."""
-    capture = Capture(signal, "a.b", None, "hold", outbox=object(), hold=lambda _c, sender, data: into.append((sender, data)))
+    capture = Capture(
+        signal, "a.b", None, "hold", outbox=object(), hold=lambda _c, sender, _u, data: into.append((sender, data))
+    )
     connect(signal, capture)
     return capture
 
