@@ -8,6 +8,7 @@ as text. What is not seen before, on the driver's own connection, is noticed by 
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 from weakref import WeakSet
@@ -18,7 +19,10 @@ from sqlalchemy.engine import Connection, Engine
 from outbox import database, work
 from outbox.errors import CaptureError
 from outbox.fates import Sent
+from outbox.logs import say
 from outbox.work import Work
+
+log = logging.getLogger(__name__)
 
 _watched: WeakSet[Engine] = WeakSet()
 
@@ -45,6 +49,7 @@ def watch(engine: Engine) -> None:
     """From now on look at what is done on connections of *engine*; again changes nothing."""
     if engine not in _watched:
         event.listen(engine, "commit", _before_commit)
+        event.listen(engine, "rollback", _before_rollback)
         event.listen(engine, "before_cursor_execute", _before_statement)
         event.listen(engine, "after_cursor_execute", _after_statement)
         _watched.add(engine)
@@ -83,6 +88,21 @@ def _before_commit(connection: Connection) -> None:
             raise CaptureError(
                 "commit() on the connection beneath the session would commit its rows without what "
                 f"{sent.by} sent; call session.commit()"
+            )
+
+
+def _before_rollback(connection: Connection) -> None:
+    for each in work.on(connection):
+        used, first = each.used.get(connection), next(each.held(), None)
+        if used is None or first is None or any(level.doomed for level in each.levels.values()):
+            continue  # nothing is lost, or it was said already
+        if used.seen_open and database.in_transaction(connection) is False:
+            say(
+                log,
+                logging.WARNING,
+                "capture.ended",
+                f"the transaction was ended past the session before this rollback, after {first.by} sent: if that was a commit "
+                "on the driver's own connection, its rows are there without the message; use session.commit()",
             )
 
 

@@ -24,7 +24,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, SessionTransaction
 
-from outbox import InvalidMessage, Outbox, database, migrations, tables
+from outbox import InvalidMessage, Outbox, database, migrations, tables, work
 from outbox.database import create_engine
 from outbox.errors import CaptureError
 from tests.integration.capture.conftest import Talk, empty, ledger
@@ -203,6 +203,53 @@ class Programs(RuleBasedStateMachine):
             outer.commit()
         else:
             outer.rollback()
+
+    # --- beneath the session ---
+
+    @property
+    def holds(self) -> bool:
+        doing = work.known(self.session)
+        return doing is not None and any(doing.held())
+
+    @precondition(lambda self: self.begun)
+    @rule(end=st.sampled_from(["commit", "rollback", "close"]), sends=st.booleans())
+    def use_a_helper_session(self, end: str, sends: bool) -> None:
+        """It comes and goes on the connection of the session, in a savepoint of its own."""
+        helper = Session(self.session.connection(), join_transaction_mode="create_savepoint")
+        helper.add(Talk(title=self.name()))
+        helper.flush()
+        if sends:
+            send(self.outbox, helper, self.name())
+        getattr(helper, end)()
+        helper.close()
+
+    @precondition(lambda self: self.begun and not self.is_in_savepoint_of_the_connection)
+    @rule(bound=st.booleans())
+    def look_with_a_helper_session(self, bound: bool) -> None:
+        connection = self.session.connection()
+        with Session(connection) if bound else Session(binds={Talk: connection}) as helper:
+            helper.scalars(sa.select(Talk.id).limit(1)).all()
+            # What the connection is given still has its place among what the session sends.
+            if self.holds:
+                message_id = self.outbox.send("talk.modified", {"n": 1}, key="a", session=connection)
+                self.session.execute(sa.insert(ledger).values(message_id=message_id, key="a"))
+
+    @precondition(lambda self: self.holds)
+    @rule(command=st.sampled_from(["COMMIT", "/* x */ rollback", "SELECT 1; END; COMMIT", "ROLLBACK TO SAVEPOINT own"]))
+    def end_it_as_text(self, command: str) -> None:
+        with pytest.raises(CaptureError, match="as text would end the transaction"):
+            self.session.execute(sa.text(command))
+
+    @precondition(lambda self: self.holds and not self.savepoints)
+    @rule(how=st.sampled_from(["connection commits", "driver rolls back"]))
+    def end_it_beneath(self, how: str) -> None:
+        connection = self.session.connection()
+        if how == "driver rolls back":
+            connection.connection.rollback()
+        with pytest.raises(CaptureError):
+            connection.commit() if how == "connection commits" else self.session.commit()
+        self.session.rollback()
+        self.over()
 
     # --- failures ---
 

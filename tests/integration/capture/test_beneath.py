@@ -235,6 +235,20 @@ def test_a_transaction_that_the_driver_ended_is_noticed_before_it_goes_on(
     assert world.numbers() == [2]
 
 
+def test_a_rollback_that_comes_after_the_drivers_own_commit_says_so(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    session.connection().connection.commit()
+    session.rollback()
+    (warning,) = caplog.messages
+    assert "ended past the session before this rollback, after signal 'talks_modified' sent: if that was a commit" in warning
+    world.begin().add(Talk(title="another"))
+    world.session.flush()
+    world.send(n=2)
+    world.session.rollback()
+    assert len(caplog.messages) == 1
+
+
 def test_a_transaction_that_sqlite_rolled_back_by_itself_is_noticed(world: World) -> None:
     if world.engine.dialect.name != "sqlite":
         pytest.skip("PostgreSQL leaves every rollback to the client")
