@@ -44,7 +44,7 @@ def open_engine(service: Service, settings: Settings) -> Engine:
     # time it is taken, which would be a sixth of a small transaction: one that fails is made again, and the work with it.
     spare = 3 + len(service.backgrounds)
     size = settings.consumer_workers + spare
-    return database.create_engine(url, role=database.Role.SERVICE, pool_size=size, pool_pre_ping=False)
+    return database.create_engine(url, role=database.Role.SERVICE, name=service.name, pool_size=size, pool_pre_ping=False)
 
 
 # --- tables --------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ import sqlalchemy as sa
 
 import outbox
 from outbox.consumer import inbox, parking, tables, telemetry
+from outbox.consumer.blocked import Blocked
+from outbox.database import autocommitting
 from outbox.logs import say
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class Upkeep:
         self._pruned_at = 0.0
         self._ended = threading.Event()
         self._complained = False
+        self._blocked = Blocked(service.name)
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
 
     def start(self) -> None:
@@ -96,6 +99,7 @@ class Upkeep:
 
     def _try_to_write(self, state: str) -> None:
         try:
+            self._look_for_blockers()
             self._write(state)
             if state == "running" and time.monotonic() - self._pruned_at > _PRUNE_SECONDS:
                 self._prune()
@@ -105,6 +109,10 @@ class Upkeep:
             if not self._complained:
                 say(log, logging.DEBUG, "consumer.upkeep_failed", f"upkeep failed: {type(error).__name__}")
             self._complained = True
+
+    def _look_for_blockers(self) -> None:
+        with autocommitting(self._engine).connect() as connection:
+            self._blocked.look(connection)
 
     def _write(self, state: str) -> None:
         view, name = self._view, self._service.name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import sqlite3
 from dataclasses import dataclass
 from enum import Enum
@@ -27,6 +29,17 @@ PREPARED = "outbox_prepared"
 BEGUN = "outbox_begun"
 
 
+#: On a connection: a pooler stands between, so what a session is told may be another's.
+POOLED = "outbox_pooled"
+#: PostgreSQL cuts an application_name here.
+_LONGEST_NAME = 63
+
+
+def process_name() -> str:
+    """Return how this process is called where others see it: on which host, and which."""
+    return f"{socket.gethostname()[:30]}:{os.getpid()}"
+
+
 class Role(Enum):
     """Who uses an engine of ours; the database's administrator sees it as `application_name`."""
 
@@ -41,6 +54,8 @@ class Dialect:
     """A database and how it is connected to."""
 
     role: Role = Role.APP
+    #: What more exactly uses it: a service's name.
+    name: str = ""
     #: Driver → whether it is asynchronous; drivers that are not here are refused: what they do with types is a guess.
     drivers: ClassVar[Mapping[str, bool]] = MappingProxyType({})
     #: What to do where the driver is missing or another.
@@ -107,7 +122,7 @@ class PostgreSQL(Server):
         given = {**options.get("connect_args", {}), **url.query}
         defaults = {"connect_timeout": self._CONNECT_SECONDS, "client_encoding": "utf8", **self._KEEPALIVES}
         if self.role is not Role.APP:
-            defaults["application_name"] = f"outbox {self.role.value}"
+            defaults["application_name"] = f"outbox {self.name or self.role.value} {process_name()}"[:_LONGEST_NAME]
         arguments = {name: value for name, value in defaults.items() if name not in given} | options.get("connect_args", {})
         if url.drivername != "postgresql+psycopg2":
             arguments["prepare_threshold"] = _threshold(given.get("prepare_threshold"))
@@ -116,12 +131,16 @@ class PostgreSQL(Server):
 
     def set_up(self, engine: Engine) -> None:
         @event.listens_for(engine, "connect")
-        def configure(connection: DBAPIConnection, _record: ConnectionPoolEntry) -> None:
+        def configure(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
             with _autocommitting(connection) as cursor:
                 if not _reads_dates(connection):
                     cursor.execute("SET DateStyle TO ISO")
                 with contextlib.suppress(engine.dialect.loaded_dbapi.Error):  # not every server has them
                     cursor.execute(self._servers_side(connection))
+                    record.info[POOLED] = cursor.fetchone() is None
+
+        if self.role is Role.SERVICE:
+            event.listen(engine, "begin", _let_it_wait)
 
     def _servers_side(self, connection: Any) -> str:
         settings = dict(self._SERVERS_SIDE)
@@ -200,7 +219,7 @@ class SQLite(Dialect):
 _DIALECTS: Mapping[str, type[Dialect]] = {"postgresql": PostgreSQL, "mysql": MySQL, "mariadb": MySQL, "sqlite": SQLite}
 
 
-def of(backend: str, driver: str, role: Role = Role.APP) -> Dialect:
+def of(backend: str, driver: str, role: Role = Role.APP, name: str = "") -> Dialect:
     """Return the dialect of *backend*. Raises ConfigurationError for a database or driver that this project does not know."""
     dialect = _DIALECTS.get(backend)
     if dialect is None:
@@ -211,12 +230,12 @@ def of(backend: str, driver: str, role: Role = Role.APP) -> Dialect:
             f"{backend}+{driver}://…: this driver is not supported (supported: {known}), what it stores would be a guess; "
             + dialect.fix
         )
-    return dialect(role)
+    return dialect(role, name)
 
 
-def of_url(url: URL, role: Role = Role.APP) -> Dialect:
+def of_url(url: URL, role: Role = Role.APP, name: str = "") -> Dialect:
     """Return the dialect of *url*. Raises ConfigurationError as `of`."""
-    return of(url.get_backend_name(), driver(url), role)
+    return of(url.get_backend_name(), driver(url), role, name)
 
 
 def driver(url: URL) -> str:
@@ -245,6 +264,12 @@ def backend_pid(connection: Any) -> int:
     if hasattr(connection, "get_backend_pid"):  # psycopg2
         return int(connection.get_backend_pid())
     return int(connection.info.backend_pid)
+
+
+def _let_it_wait(connection: Connection) -> None:
+    """Tell each transaction through a pooler what a connection of one's own was told once: a handler may wait."""
+    if connection.info.get(POOLED):
+        connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
 
 
 def _reads_dates(connection: Any) -> bool:

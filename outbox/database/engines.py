@@ -31,7 +31,7 @@ __all__ = [
 AnyEngine = TypeVar("AnyEngine", "Engine", "AsyncEngine")
 
 
-def create_engine(url: str, *, role: Role = Role.APP, **options: Any) -> Engine:
+def create_engine(url: str, *, role: Role = Role.APP, name: str = "", **options: Any) -> Engine:
     """Return an engine of ours for *url*: parameters (hence payloads) are in no error, and a server's restart is survived.
 
     What *url* and *options* say wins over what is set here. PostgreSQL: a connection whose other end is gone is noticed within
@@ -41,7 +41,7 @@ def create_engine(url: str, *, role: Role = Role.APP, **options: Any) -> Engine:
     can't, and for a driver that is unknown, not installed or asynchronous.
     """
     parsed = sa.make_url(url)
-    dialect = dialects.of_url(parsed, role)
+    dialect = dialects.of_url(parsed, role, name)
     _refuse_asynchronous(parsed, dialect)
     completed = dialect.complete(parsed, options)
     try:

@@ -73,12 +73,32 @@ def test_a_service_behind_a_pooler_applies_everything_and_parks_nothing(pooled_u
 
 
 def test_what_a_server_connection_was_told_stays_the_pooler_s_own(pooled_url: str) -> None:
-    engine = database.create_engine(pooled_url, role=Role.SERVICE)
+    database.create_engine(pooled_url, role=Role.SERVICE).connect().close()
+    engine = database.create_engine(pooled_url)
     names = ("tcp_keepalives_idle", "tcp_user_timeout", "idle_in_transaction_session_timeout")
     with engine.connect() as connection:
         sources = sa.text("SELECT DISTINCT source FROM pg_settings WHERE name = ANY(:names)")
         assert "session" not in connection.scalars(sources, {"names": list(names)}).all()
     engine.dispose()
+
+
+@pytest.mark.parametrize("fixture", ["postgres_url", "pooled_url"])
+@DRIVERS
+def test_a_handler_may_wait_for_longer_than_the_server_lets_a_transaction_wait(
+    fixture: str, driver: str, postgres_url: str, request: pytest.FixtureRequest
+) -> None:
+    url = through(request.getfixturevalue(fixture), driver)  # no connection was made yet: each will have the new default
+    administrator = database.create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with administrator.connect() as connection:
+        name = administrator.url.database
+        connection.exec_driver_sql(f'ALTER DATABASE "{name}" SET idle_in_transaction_session_timeout = 1000')
+    administrator.dispose()
+    shown = sa.text("SHOW idle_in_transaction_session_timeout")
+    for role, expected in ((Role.SERVICE, "0"), (Role.APP, "1s")):
+        engine = database.create_engine(url, role=role)
+        with engine.begin() as connection:
+            assert connection.scalar(shown) == expected
+        engine.dispose()
 
 
 @pytest.fixture
