@@ -57,12 +57,12 @@ def watch(engine: Engine) -> None:
 
 def check_open(doing: Work) -> None:
     """Raise CaptureError if a transaction of *doing* was ended past its session since that holds a message."""
-    first = next(doing.held(), None)
+    held = doing.held()
     for used in doing.used.values():
         is_open = database.in_transaction(used.connection)
-        if first is not None and used.seen_open and is_open is False:
-            _refuse_ended(doing, first)
-        used.seen_open = bool(is_open) or (used.seen_open and first is not None)
+        if held and used.seen_open and is_open is False:
+            _refuse_ended(doing, held[0])
+        used.seen_open = bool(is_open) or (used.seen_open and bool(held))
 
 
 def ends(statement: str) -> str | None:
@@ -84,25 +84,25 @@ def only_reads(statement: str) -> bool:
 
 def _before_commit(connection: Connection) -> None:
     for each in work.on(connection):
-        for sent in each.held():
+        if held := each.held():
             raise CaptureError(
                 "commit() on the connection beneath the session would commit its rows without what "
-                f"{sent.by} sent; call session.commit()"
+                f"{held[0].by} sent; call session.commit()"
             )
 
 
 def _before_rollback(connection: Connection) -> None:
     for each in work.on(connection):
-        used, first = each.used.get(connection), next(each.held(), None)
-        if used is None or first is None or any(level.doomed for level in each.levels.values()):
+        used, held = each.used.get(connection), each.held()
+        if used is None or not held or any(level.doomed for level in each.levels.values()):
             continue  # nothing is lost, or it was said already
         if used.seen_open and database.in_transaction(connection) is False:
             say(
                 log,
                 logging.WARNING,
                 "capture.ended",
-                f"the transaction was ended past the session before this rollback, after {first.by} sent: if that was a commit "
-                "on the driver's own connection, its rows are there without the message; use session.commit()",
+                f"the transaction was ended past the session before this rollback, after {held[0].by} sent: if that was a "
+                "commit on the driver's own connection, its rows are there without the message; use session.commit()",
             )
 
 
@@ -112,20 +112,23 @@ def _before_statement(connection: Connection, _cursor: object, statement: str, *
         if used is not None and not used.wrote and not only_reads(statement):
             _refuse_to_write_after_all(each)
             used.wrote = True
-        for sent in each.held():
+        if held := each.held():
             check_open(each)
-            if command := ends(statement):
-                raise CaptureError(
-                    f"{command} as text would end the transaction without what {sent.by} sent; call session.commit() or "
-                    "session.rollback(), and for a part of it use session.begin_nested()"
-                )
-            break
+            _refuse_to_end(statement, held[0])
 
 
 def _after_statement(connection: Connection, *_: Any) -> None:
     for each in work.on(connection):
-        if any(each.held()):
+        if each.held():
             check_open(each)
+
+
+def _refuse_to_end(statement: str, sent: Sent) -> None:
+    if command := ends(statement):
+        raise CaptureError(
+            f"{command} as text would end the transaction without what {sent.by} sent; call session.commit() or "
+            "session.rollback(), and for a part of it use session.begin_nested()"
+        )
 
 
 def _refuse_ended(doing: Work, sent: Sent) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakSet, ref
 
@@ -83,9 +83,11 @@ class Work:
             found = self.levels[transaction] = Level()
         return found
 
-    def held(self) -> Iterator[Sent]:
-        """Give what waits for the outermost commit."""
-        return (sent for level in self.levels.values() for sent in level.held)
+    def held(self) -> Sequence[Sent]:
+        """Return what waits for the outermost commit."""
+        if not self.levels:  # asked at every statement: most transactions send nothing, or late
+            return ()
+        return [sent for level in self.levels.values() for sent in level.held]
 
     def pending(self) -> list[Sent]:
         """Return what neither committed nor was rolled back."""

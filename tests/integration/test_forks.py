@@ -103,3 +103,9 @@ def test_a_database_in_memory_goes_with_the_child() -> None:
 
     assert in_child(os.fork, look) == "0"
     engine.dispose()
+
+
+def test_a_child_asks_nothing_on_a_connection_of_its_parent(engine: Engine) -> None:
+    """`pool_pre_ping` would, before anybody looks whose connection it is."""
+    assert engine.pool.checkedin() == 1  # type: ignore[attr-defined]
+    assert in_child(os.fork, lambda: engine.pool.checkedin()) == "0"  # type: ignore[attr-defined]
