@@ -153,6 +153,7 @@ relay = sa.Table(
     sa.Column("broker_connected", sa.Boolean, nullable=False),
     sa.Column("broker_blocked", sa.Boolean, nullable=False),
     sa.Column("broker_detail", sa.Text),  # why not connected, or blocked
+    sa.Column("trouble", sa.Text),  # what else hinders it, and the next step
 )
 
 receipt = sa.Table(

@@ -37,6 +37,8 @@ def advice(overview: Overview) -> str | None:
     if relay.broker_blocked:
         why = f" ({relay.broker_detail})" if relay.broker_detail else ""
         return f"the broker takes no messages{why}; free memory or disk there, the relay goes on by itself"
+    if relay.trouble:
+        return relay.trouble
     if overview.stuck:
         return _stuck(overview.stuck[0], overview)
     if overview.lag_seconds > _SLOW_SECONDS:

@@ -134,6 +134,7 @@ def _relay_dict(item: Relay) -> dict[str, Any]:
         "state": _state(item),
         "shards": item.shards,
         "seen_age_seconds": round(item.seen_age_seconds, 3),
+        "trouble": item.trouble,
         "started_at": item.started_at,
         "host": item.host,
         "pid": item.pid,

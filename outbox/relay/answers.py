@@ -20,6 +20,8 @@ Settlement = Confirmed | Change
 _COMPANY_SECONDS = 0.05
 #: How long a locked row is left alone: most locks are of a command that is about to commit.
 _LOCKED = Backoff(base_seconds=0.1, maximum_seconds=2.0)
+#: A lock that lasts longer than this is worth a word.
+_LONG_SECONDS = 3.0
 
 
 class Answers:
@@ -33,13 +35,15 @@ class Answers:
         self._locked: list[Settlement] = []
         self._refusals = 0
         self._retry_at = 0.0
+        self._locked_since = 0.0
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._locked)
 
-    @property
-    def locked(self) -> list[int]:
-        """The pending ids whose answers wait for somebody's lock."""
+    def locked(self, now: float) -> list[int]:
+        """Return the pending ids whose answers wait for somebody's lock, when that has taken longer than a command's."""
+        if now - self._locked_since < _LONG_SECONDS:
+            return []
         return [each.id for each in self._locked]
 
     def add(self, answer: Settlement, now: float) -> None:
@@ -72,6 +76,7 @@ class Answers:
         self._fresh = []
         self._locked = [each for each in at_hand if each.id in locked or each.id not in tried]
         if locked:
+            self._locked_since = self._locked_since if self._refusals else now
             self._refusals += 1
             self._retry_at = now + _LOCKED.ceiling(self._refusals)
         elif not self._locked:

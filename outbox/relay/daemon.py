@@ -21,14 +21,14 @@ from outbox.relay.listen import Listener
 from outbox.relay.pump import Limits, Pump
 from outbox.relay.shards import Shards, boottime
 from outbox.relay.verdict import Policy
-from outbox.store import drain, leases
+from outbox.store import drain, leases, locks
 from outbox.tables import SHARDS, State
 from outbox.wakeup import THROTTLE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Connection, Engine
 
     from outbox.relay.broker import Broker
     from outbox.settings import Settings
@@ -132,6 +132,8 @@ class Relay:
         self._let_in = False
         self._database = Availability(clock)
         self._announcer = telemetry.Announcer(log)
+        self._announcer.first("rows", "free")
+        self._hindered = ""
         self._stopping = False
         self._state = "starting"
         self._beat_at = self._census_at = self._forget_at = 0.0
@@ -294,7 +296,13 @@ class Relay:
             with database.autocommitting(self._engine).begin() as connection:
                 state = "idle" if self.shards.holder else self._state
                 leases.beat(
-                    connection, self.id, state, connected=broker.connected, blocked=broker.blocked, detail=broker.detail
+                    connection,
+                    self.id,
+                    state,
+                    connected=broker.connected,
+                    blocked=broker.blocked,
+                    detail=broker.detail,
+                    trouble=self._trouble(connection, now),
                 )
                 if now >= self._forget_at:
                     self._forget_at = now + _FORGET_SECONDS
@@ -305,6 +313,22 @@ class Relay:
                 telemetry.show(drain.census(connection))
             ended = self._clock()
             self._census_at = ended + max(_CENSUS_SECONDS, (ended - began) * _CENSUS_SPACING)
+
+    def _trouble(self, connection: Connection, now: float) -> str:
+        """Return what hinders it, and say so once."""
+        locked = self.pump.answers.locked(now)
+        if not locked:
+            self._hindered = ""
+            self._announcer.state("rows", "free", logging.INFO, "what was answered is recorded")
+            return ""
+        # Nobody: several share the lock, or it has just gone.
+        who = locks.holders(connection, locked) or ([] if self._hindered else ["another session"])
+        if who:
+            rows = f"the rows of {len(locked)} answered messages"
+            step = "let it commit or roll back, or end it: SELECT pg_terminate_backend(its process)"
+            self._hindered = f"{'; '.join(who)} keeps {rows} locked; they are recorded when it ends, the rest goes on; {step}"
+            self._announcer.state("rows", "locked", logging.WARNING, self._hindered)
+        return self._hindered
 
     # --- ending ---
 

@@ -99,14 +99,17 @@ def release(connection: Connection, relay_id: str) -> None:
     connection.execute(sa.update(shard).where(shard.c.owner == relay_id).values(owner=None, lease_until=None))
 
 
-def beat(connection: Connection, relay_id: str, state: str, *, connected: bool, blocked: bool, detail: str) -> None:
-    """Write the heartbeat of *relay_id*, with how it finds the broker."""
+def beat(
+    connection: Connection, relay_id: str, state: str, *, connected: bool, blocked: bool, detail: str, trouble: str = ""
+) -> None:
+    """Write the heartbeat of *relay_id*, with how it finds the broker and what else hinders it."""
     dialect = connection.dialect.name
     values = {
         "state": state,
         "broker_connected": connected,
         "broker_blocked": blocked,
         "broker_detail": detail[:1000] or None,
+        "trouble": trouble[:1000] or None,
     }
     found = connection.execute(
         sa.update(relay).where(relay.c.id == relay_id).values(seen_at=now(dialect), **values), clock(dialect)

@@ -40,9 +40,9 @@ def holders(connection: Connection, ids: Collection[int]) -> list[str]:
 def _sessions(transactions: sa.Select[Any]) -> sa.Select[Any]:
     locks = sa.table("pg_locks", *map(sa.column, ("pid", "locktype", "transactionid", "granted")))
     activity = sa.table("pg_stat_activity", *map(sa.column, ("pid", "usename", "application_name", "xact_start")))
-    age = sa.extract("epoch", sa.func.clock_timestamp() - activity.c.xact_start)
+    since = sa.func.timezone("UTC", activity.c.xact_start).label("xact_start")
     return (
-        sa.select(activity.c.pid, activity.c.usename, activity.c.application_name, age.label("seconds"))
+        sa.select(activity.c.pid, activity.c.usename, activity.c.application_name, since)
         .join_from(locks, activity, activity.c.pid == locks.c.pid)
         .where(locks.c.locktype == "transactionid", locks.c.granted, locks.c.transactionid.in_(transactions))
         .order_by(activity.c.xact_start)
@@ -52,5 +52,5 @@ def _sessions(transactions: sa.Select[Any]) -> sa.Select[Any]:
 
 def _words(session: sa.Row[Any]) -> str:
     name = f" {session.application_name!r}" if session.application_name else ""
-    since = f", in a transaction for {session.seconds:.0f} s" if session.seconds is not None else ""
+    since = f", in a transaction since {session.xact_start:%H:%M:%S} UTC" if session.xact_start is not None else ""
     return f"process {session.pid}{name} of user {session.usename}{since}"

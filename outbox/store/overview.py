@@ -63,6 +63,8 @@ class Relay:
     broker_connected: bool
     broker_blocked: bool
     broker_detail: str
+    #: What else hinders it, and the next step; empty when nothing does.
+    trouble: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +217,7 @@ def _relays(connection: Connection, now: datetime) -> tuple[Relay, ...]:
             broker_connected=row.broker_connected,
             broker_blocked=row.broker_blocked,
             broker_detail=row.broker_detail or "",
+            trouble=row.trouble or "",
         )
         for row in rows
     )

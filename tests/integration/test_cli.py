@@ -77,8 +77,8 @@ def _states(outbox: Commands) -> dict[str, str]:
 @both
 def test_migrate_makes_the_tables_once(database_url: str) -> None:
     outbox = Commands({"DATABASE_URL": database_url})
-    assert outbox.fine("migrate").startswith("The outbox tables upgraded by 1 step to version 1: ")
-    assert outbox.fine("migrate").startswith("The outbox tables are of version 1 already: ")
+    assert outbox.fine("migrate").startswith("The outbox tables upgraded by 2 steps to version 2: ")
+    assert outbox.fine("migrate").startswith("The outbox tables are of version 2 already: ")
 
 
 @pytest.mark.parametrize("command", [["status"], ["list"], ["show", str(new_id())], ["tail"], ["requeue", str(new_id())]])
@@ -385,7 +385,7 @@ def test_a_missing_file_is_an_error_and_is_not_made(tmp_path: Path, command: lis
 
 def test_migrate_makes_the_file_and_its_folder(tmp_path: Path) -> None:
     outbox = Commands({"DATABASE_URL": "sqlite:///instance/x.db"})
-    assert outbox.fine("migrate").endswith(f"to version 1: {tmp_path}/instance/x.db\n")
+    assert outbox.fine("migrate").endswith(f"to version 2: {tmp_path}/instance/x.db\n")
     assert outbox.fine("status").startswith(f"{tmp_path}/instance/x.db  ")
 
 

@@ -16,7 +16,7 @@ from outbox.relay.broker import Outcome
 from outbox.relay.daemon import Mode, Relay, open_database
 from outbox.relay.embedded import EmbeddedBroker
 from outbox.relay.rabbitmq import RabbitBroker
-from outbox.store import drain, leases, settling
+from outbox.store import drain, leases, overview, settling
 from outbox.tables import State
 from tests.builders import message, write
 from tests.fakes import FakeBroker
@@ -45,6 +45,39 @@ def said(caplog: pytest.LogCaptureFixture, event: str) -> int:
 
 def down() -> sa.exc.OperationalError:
     return sa.exc.OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
+
+
+# --- somebody's open transaction ---
+
+
+@pytest.mark.postgres
+def test_a_row_that_somebody_has_locked_stops_only_itself_and_status_says_who_it_is(
+    postgres: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage = Stage(postgres)
+    stage.write(keyed("a"), keyed("b"))
+    stage.write(keyed("c"), state=State.RETRYING)
+    locked = [row.id for row in stage.rows() if row.key != "b"]
+    with postgres.connect() as person:
+        person.execute(sa.text("SET application_name = 'a console'"))
+        person.execute(sa.select(tables.pending).where(tables.pending.c.id.in_(locked)).with_for_update())
+        stage.until(lambda: len(stage.delivered()) == 3)
+        stage.until(lambda: [row.id for row in stage.rows()] == locked)
+        for key in ("a", "b", "d"):  # not c: a row that is not plain pending is the hold of its key
+            stage.write(keyed(key))
+        stage.until(lambda: len(stage.delivered()) == 6)
+        stage.turn(20, seconds=0.5)
+        assert said(caplog, "rows.locked") == 1
+        with postgres.connect() as connection:
+            (relay,) = overview.overview(connection).relays
+        pid = person.scalar(sa.select(sa.func.pg_backend_pid()))
+        assert f"process {pid} 'a console'" in relay.trouble
+        assert [row.id for row in stage.rows()] == locked
+    stage.run_dry()
+    stage.turn(3, seconds=1.0)
+    with postgres.connect() as connection:
+        assert overview.overview(connection).relays[0].trouble == ""
+    assert len(stage.broker.sent) == stage.published_total() == 6
 
 
 # --- the database goes away ---

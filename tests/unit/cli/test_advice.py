@@ -120,3 +120,8 @@ def test_the_relay_that_owns_shards_speaks_for_the_broker() -> None:
     assert spokesman(dataclasses.replace(_WELL, relays=(idle, _RELAY, gone))) == _RELAY
     assert spokesman(dataclasses.replace(_WELL, relays=(idle, gone))) == idle
     assert spokesman(dataclasses.replace(_WELL, relays=(gone,))) is None
+
+
+def test_what_hinders_the_relay_is_said_before_what_waits_because_of_it() -> None:
+    hindered = dataclasses.replace(_RELAY, trouble="process 7 keeps rows locked")
+    assert _advice(relays=(hindered,), pending=9, stuck=(_stuck("retrying"),)) == "process 7 keeps rows locked"

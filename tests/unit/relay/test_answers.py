@@ -38,14 +38,15 @@ def test_an_answer_whose_row_is_locked_is_tried_again_with_growing_pauses_and_ke
     answers.add(confirmed(1), 100.0)
     answers.add(confirmed(2), 100.0)
     assert answers.settled([1, 2], [1], 101.0) == [2]
-    assert (answers.locked, answers.due_at) == ([1], 101.1)
+    assert answers.due_at == 101.1
     answers.add(change(3), 101.0)
     assert [each.id for each in answers.due(101.05)[1]] == [3]
     assert answers.due(101.05)[0] == []
     assert answers.settled([3], [], 101.05) == [3]
-    assert (answers.locked, answers.due_at) == ([1], 101.1)
+    assert answers.due_at == 101.1
     assert [each.id for each in answers.due(101.1)[0]] == [1]
     assert answers.settled([1], [1], 101.1) == []
     assert answers.due_at == 101.3
+    assert (answers.locked(103.9), answers.locked(104.0)) == ([], [1])
     assert answers.settled([1], [], 101.3) == [1]
     assert answers.due_at is None
