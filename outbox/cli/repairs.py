@@ -81,18 +81,26 @@ def requeue(ids: tuple[UUID, ...], state: str | None, topic: str | None, key: st
 def discard(ids: tuple[UUID, ...], state: str | None, topic: str | None, key: str | None, reason: str, yes: bool) -> None:
     """Never send dead or unroutable messages.
 
-    Later messages of their keys go on without them. They stay in the tables: `outbox list --state discarded`.
+    Later messages of their keys go on without them. They stay in the tables: `outbox list --state discarded`. A message that
+    the relay is sending at this moment may still arrive, before those behind it; the command says how many these may be.
     """
     from outbox.store import operate
 
     if not reason.strip():
         raise click.BadParameter("say why", param_hint="--reason")
 
+    flying: list[int] = []
+
     def act(connection: Connection, rows: list[int]) -> list[UUID]:
+        flying.append(operate.perhaps_flying(connection, rows))
         return operate.discard(connection, rows, actor=actor(), reason=reason)
 
     order = _Order("discard", "Discarded", "They are never sent; later messages of their keys go on without them.", act)
     _run(order, ids, state, topic, key, yes)
+    if sum(flying):
+        some = text.amount(sum(flying), "message")
+        fate = "what the broker still confirms is published, and not in: outbox list --state discarded"
+        text.say(f"{some} of these may be on the way at this moment; {fate}", error=True)
 
 
 def actor() -> str:

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 _ENVELOPE_BYTES = 600
 #: Bytes in flight, bytes of one read, and bytes loaded above which nothing more is read.
 _WINDOW_BYTES, _READ_BYTES, _LOADED_BYTES = 32 << 20, 8 << 20, 64 << 20
+#: How long a row that was held when it was read may wait to be sent: commands may discard such rows.
+_HELD_SECONDS = 1.0
 #: Rows of one key in memory: one hot key must not fill it.
 _ROWS_PER_KEY = 100
 #: While messages flow, and for this long after a wake-up that brought nothing, reads come this close together.
@@ -103,6 +105,7 @@ class Pump:
         self._server = ""
         self._receipt: int | None = None
         self._own_answers: list[Answer] = []
+        self._held_read_at: float | None = None
         self._suspects_fly = False
         self._read_at = 0.0
         self._woken_until = 0.0
@@ -182,6 +185,9 @@ class Pump:
             elif item.row.id in culprits:
                 detail = f"the connection is lost whenever it is sent: {answer.detail}"
                 self._apply(item, Answer(answer.token, Outcome.REFUSED, detail), now, wall)
+            elif _is_held(item.row):
+                self.lanes.forget(item)  # and read again: a person may have discarded it
+                self._position.want_full()
             else:
                 self.lanes.again(item)
 
@@ -281,6 +287,8 @@ class Pump:
             content = drain.messages(connection, [row.message_row for row in chosen], max_bytes=_READ_BYTES)
             loaded = [self._item(row, content) for row in chosen if row.message_row not in content.postponed]
             self.lanes.load(loaded)
+            if self._held_read_at is None and any(_is_held(item.row) for item in loaded):
+                self._held_read_at = ended
         if content.postponed:
             self._position.stop_before(min(row.id for row in chosen if row.message_row in content.postponed))
         self.exhausted = after == 0 and not rows and self.lanes.idle
@@ -338,12 +346,20 @@ class Pump:
         state = self._broker.state()
         if not state.connected or state.blocked or not self._shards.valid():
             return 0
+        self._doubt_what_was_held()
         taken = self._take()
         batch = [item.outgoing for item in taken if item.outgoing is not None]
         self._own_answers += [Answer(item.token, Outcome.REFUSED, item.problem) for item in taken if item.outgoing is None]
         if batch:
             self._broker.send(batch)
         return len(taken)
+
+    def _doubt_what_was_held(self) -> None:
+        """Unload rows that a person may have discarded since they were read: what is still to be sent is read again."""
+        if self._held_read_at is not None and self._clock() - self._held_read_at > _HELD_SECONDS:
+            self._held_read_at = None
+            self.lanes.unload(_is_held)
+            self._position.want_full()
 
     def _take(self) -> list[Item]:
         caution = self._caution
@@ -360,6 +376,10 @@ class Pump:
                 self._suspects_fly = True
                 return self.lanes.take(lambda item: item.row.id in suspects, limit=caution.group)
         return self.lanes.take(_anything)
+
+
+def _is_held(row: Row) -> bool:
+    return row.state != State.PENDING
 
 
 def _change(item: Item, decided: verdict.Hold) -> settling.Change:

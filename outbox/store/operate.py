@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from outbox import tables
 from outbox.errors import OutboxError
+from outbox.store import locks
 from outbox.store.clock import database_now
 from outbox.tables import HOLDING, State
 
@@ -30,6 +32,8 @@ STATES = (*(state.value for state in State), PUBLISHED)
 ACTIONABLE = HOLDING
 #: Messages changed in one transaction: short enough for the relay not to notice.
 CHUNK = 500
+#: What becomes due in this time counts as due: a relay may read it before a command has locked it.
+_SOON = timedelta(seconds=1)
 
 _message = tables.message.c
 _pending = tables.pending.c
@@ -314,7 +318,9 @@ def requeue(connection: Connection, rows: Iterable[int], *, actor: str) -> list[
 def discard(connection: Connection, rows: Iterable[int], *, actor: str, reason: str) -> list[UUID]:
     """Never send the messages of *rows* (message rows), and let what waits behind them go; return their ids.
 
-    They stay in the tables. Rows that are no longer in one of the ACTIONABLE states are left as they are.
+    They stay in the tables. Rows that are no longer in one of the ACTIONABLE states are left as they are. What a relay is
+    sending at this moment it may still deliver (see `perhaps_flying`), before all that waits behind it; then it counts as
+    published.
     """
     now = database_now(connection)
     changed = _lock(connection, rows)
@@ -322,7 +328,21 @@ def discard(connection: Connection, rows: Iterable[int], *, actor: str, reason: 
     return _change(connection, changed, {"state": State.DISCARDED}, "discard", actor, now, reasons)
 
 
+def perhaps_flying(connection: Connection, rows: Iterable[int]) -> int:
+    """Return how many of *rows* (message rows) a relay may be sending now: due, in the hands of one whose lease runs."""
+    now = database_now(connection)
+    worked_on = sa.exists().where(tables.shard.c.id == _pending.shard, tables.shard.c.lease_until > now)
+    query = sa.select(sa.func.count()).where(
+        _pending.message_row.in_(list(rows)),
+        _pending.state.in_([State.RETRYING, State.UNROUTABLE]),
+        _pending.available_at <= now + _SOON,
+        worked_on,
+    )
+    return connection.scalar(query) or 0
+
+
 def _lock(connection: Connection, rows: Iterable[int]) -> Sequence[sa.Row[Any]]:
+    locks.be_brief(connection)  # somebody who suspends the command in between must not stop the relay
     query = (
         sa.select(tables.pending)
         .where(_pending.message_row.in_(list(rows)), _pending.state.in_(ACTIONABLE))
