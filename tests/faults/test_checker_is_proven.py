@@ -5,6 +5,7 @@ Every scenario runs twice on a real database: as the code is, without any proble
 
 from __future__ import annotations
 
+import sqlite3
 from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from outbox.relay.lanes import Item, Lanes, _Lane
 from outbox.relay.position import Position
 from outbox.relay.pump import Pump
 from outbox.relay.shards import Shards
-from outbox.store import drain
+from outbox.store import drain, settling
 from tests.builders import message, write_message, write_pending
 from tests.faults.verdicts import entry
 from tests.integration.relay.stage import Stage
@@ -25,8 +26,9 @@ from tests.kit.history import Verdict, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from uuid import UUID
 
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Connection, Engine
 
     from outbox.message import Message
 
@@ -116,6 +118,26 @@ def frozen_and_replaced(engine: Engine) -> Verdict:
     frozen.turn(50)
     before, after = frozen.delivered()[:1], frozen.delivered()[1:]
     return verdict_on(frozen, written, [*before, *successor.delivered(), *after])
+
+
+def restored(engine: Engine) -> Verdict:
+    """The database goes back to a copy while messages are in flight, and new ones are written before they are answered."""
+    stage = Stage(engine, lambda _: None if stage.delivered() else Outcome.CONFIRMED)
+    first, *new = (message("x", None, b"%d" % number) for number in range(16))
+    stage.write(first)
+    stage.until(lambda: stage.published_total() == 1)
+    with sqlite3.connect(":memory:") as copy, sqlite3.connect(str(engine.url.database)) as live:
+        live.backup(copy)
+        stage.write(*(message("x") for _ in range(20)))
+        stage.until(lambda: len(stage.broker.flying) == 20)
+        copy.backup(live)
+    stage.write(*new)
+    for each in stage.broker.flying:
+        stage.broker.answer(each)
+    stage.broker.script = lambda _: Outcome.CONFIRMED
+    stage.turn(200)
+    present = {each.id for each in (first, *new)}  # the twenty are of a time that never was
+    return verdict_on(stage, [first, *new], [each for each in stage.delivered() if each.id in present])
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------------
@@ -220,6 +242,16 @@ def a_lease_that_nobody_looks_at(patch: Patch) -> None:
     patch.setattr(Shards, "keep", lambda self: False if self.owned else keep(self))
 
 
+def settled_by_id(patch: Patch) -> None:
+    """A row is taken for that of the message whose row had its number before."""
+    honest = settling._locked_rows
+
+    def believed(connection: Connection, ids: dict[int, UUID]) -> dict[int, settling.Present]:
+        return {id_: row._replace(message_id=ids[id_]) for id_, row in honest(connection, ids).items()}
+
+    patch.setattr(settling, "_locked_rows", believed)
+
+
 MISTAKES = [
     (settled_without_a_confirm, in_all_weathers, "lost"),
     (not_mandatory, in_all_weathers, "lost"),
@@ -230,6 +262,7 @@ MISTAKES = [
     (a_hold_kept_only_in_memory, in_all_weathers, "reordered"),
     (no_question_by_key, overtaken, "reordered"),
     (a_cursor_that_never_goes_back, overtaken, "lost"),
+    (settled_by_id, restored, "lost"),
     (a_lease_that_nobody_looks_at, frozen_and_replaced, "duplicates"),
 ]
 
