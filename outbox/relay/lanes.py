@@ -24,6 +24,7 @@ from enum import Enum, auto
 from itertools import count
 from typing import TYPE_CHECKING
 
+from outbox.store.drain import Ahead
 from outbox.tables import State
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Item:
     place: Place = Place.WAITING
     #: A query made after the row was read found no earlier message of its key.
     proven: bool = False
+    #: It goes past earlier messages of its key that nobody listens to.
+    passes: bool = False
     #: It flew when the relay ceased to believe what it knew: its delivery says nothing about its key now.
     stale: bool = False
     problem: str = ""
@@ -220,8 +223,8 @@ class Lanes:
         """Return the ids that could be next of their keys, if no earlier message of the key is still to be delivered."""
         return [self._lanes[key].waiting[0].row.id for key in self._unproven]
 
-    def prove(self, asked: Iterable[int], waits: Mapping[int, bool]) -> bool:
-        """Take in the answer of a query made after the last `load`: id → an earlier message of its key is still there.
+    def prove(self, asked: Iterable[int], ahead: Mapping[int, Ahead]) -> bool:
+        """Take in the answer of a query made after the last `load`: id → what is before it in its key.
 
         Rows that must wait, or are gone, are unloaded with their followers; returns True if there were any: a read from the
         start finds them again, in order.
@@ -232,11 +235,12 @@ class Lanes:
             if item is None or item.row.key is None or item.place is not Place.WAITING:
                 continue
             lane = self._lanes[item.row.key]
-            if waits.get(id_, True):
+            found = ahead.get(id_, Ahead.WAITS)
+            if found is Ahead.WAITS:
                 self._drop_waiting(lane)
                 unloaded = True
             else:
-                item.proven = True
+                item.proven, item.passes = True, found is Ahead.PASSABLE
             self._advance(item.row.key, lane)
         return unloaded
 
@@ -276,6 +280,7 @@ class Lanes:
             self._start(item)
             taken.append(item)
             while self.flying < window and (following := self._neighbour(item)) and self._fits(following) and allow(following):
+                following.passes = item.passes
                 item = following
                 self._start(item)
                 taken.append(item)
@@ -336,9 +341,9 @@ class Lanes:
             self._advance(key, self._lanes[key])
 
     def _mark(self, item: Item) -> None:
-        """Remember how far its key has come."""
+        """Remember how far its key has come; not past what a person may requeue: that would have to go next."""
         key, sequence = item.row.key, item.row.sequence
-        if key is None or sequence is None or item.stale:
+        if key is None or sequence is None or item.stale or item.passes:
             return
         self._delivered[key] = sequence
         self._delivered.move_to_end(key)

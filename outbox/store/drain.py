@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -211,6 +212,17 @@ def _message(
         return InvalidMessage(f"message {message_id}: its stored headers are no JSON object: {error}")
 
 
+class Ahead(IntEnum):
+    """What is before a message in its key."""
+
+    #: All earlier ones are delivered, or discarded.
+    NOTHING = 0
+    #: Only what nobody listens to, in other topics: a person may requeue it at any time, and then it is no longer passed.
+    PASSABLE = 1
+    #: A message that must go first.
+    WAITS = 2
+
+
 @cache
 def _predecessors(dialect: str) -> sa.Select[Any]:
     row, earlier, unheard = pending.alias("p"), pending.alias("e"), pending.alias("u")
@@ -220,25 +232,26 @@ def _predecessors(dialect: str) -> sa.Select[Any]:
         unheard.c.sequence <= earlier.c.sequence,
         unheard.c.state == _literal(State.UNROUTABLE),
     )
-    waits = sa.exists(sa.literal(1)).where(
+    anything = sa.exists(sa.literal(1)).where(
         earlier.c.key == row.c.key,
         earlier.c.sequence < row.c.sequence,
         earlier.c.state != _literal(State.DISCARDED),
-        # What is unroutable, or waits behind it, holds its own topic only.
-        sa.or_(earlier.c.topic == row.c.topic, ~no_queue),
     )
-    return sa.select(row.c.id, waits.label("waits")).where(
+    # What is unroutable, or waits behind it, holds its own topic only.
+    waits = anything.where(sa.or_(earlier.c.topic == row.c.topic, ~no_queue))
+    ahead = sa.case((waits, Ahead.WAITS.value), (anything, Ahead.PASSABLE.value), else_=Ahead.NOTHING.value)
+    return sa.select(row.c.id, ahead).where(
         _among(row.c.id, "ids", sa.BigInteger(), dialect), row.c.state != _literal(State.DISCARDED)
     )
 
 
-def predecessors(connection: Connection, ids: Collection[int]) -> dict[int, bool]:
-    """Say of each of *ids* whether an earlier message of its key is still to be delivered; ids that are gone are left out.
+def predecessors(connection: Connection, ids: Collection[int]) -> dict[int, Ahead]:
+    """Say of each of *ids* what is before it in its key; ids that are gone are left out.
 
     Asked after a read: a read that starts above id 0 may have passed over an earlier row that committed late.
     """
     dialect = connection.dialect.name
-    return {id_: bool(waits) for id_, waits in connection.execute(_predecessors(dialect), {"ids": _list(ids, dialect)})}
+    return {id_: Ahead(ahead) for id_, ahead in connection.execute(_predecessors(dialect), {"ids": _list(ids, dialect)})}
 
 
 # --- for people -----------------------------------------------------------------------------------------------------------

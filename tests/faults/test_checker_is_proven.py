@@ -209,7 +209,7 @@ def two_of_a_key_in_flight(patch: Patch) -> None:
 
 
 def no_question_by_key(patch: Patch) -> None:
-    patch.setattr(drain, "predecessors", lambda _connection, ids: dict.fromkeys(ids, False))
+    patch.setattr(drain, "predecessors", lambda _connection, ids: dict.fromkeys(ids, drain.Ahead.NOTHING))
 
 
 def a_hold_kept_only_in_memory(patch: Patch) -> None:

@@ -13,7 +13,7 @@ from outbox import database, tables
 from outbox.errors import InvalidMessage
 from outbox.message import Message
 from outbox.store import drain, leases, locks, settling
-from outbox.store.drain import Exclusions
+from outbox.store.drain import Ahead, Exclusions
 from outbox.store.settling import Change, Confirmed
 from outbox.tables import State
 from tests.builders import message, write, write_message, write_pending
@@ -195,7 +195,7 @@ def test_a_stored_row_that_can_be_no_message_is_told_from_the_others(engine: Eng
 # --- predecessors ---
 
 
-def waits(engine: Engine, *ids: int) -> dict[int, bool]:
+def ahead(engine: Engine, *ids: int) -> dict[int, Ahead]:
     with engine.connect() as connection:
         return drain.predecessors(connection, ids)
 
@@ -204,14 +204,14 @@ def waits(engine: Engine, *ids: int) -> dict[int, bool]:
 def test_an_earlier_message_of_the_key_that_is_still_there_is_waited_for(engine: Engine, state: State) -> None:
     first = written(engine, keyed(), state=state)
     second = written(engine, keyed())
-    assert waits(engine, *first, *second) == {first[0]: False, second[0]: True}
+    assert ahead(engine, *first, *second) == {first[0]: Ahead.NOTHING, second[0]: Ahead.WAITS}
 
 
 def test_discarded_ones_and_unroutable_ones_of_another_topic_are_not_waited_for(engine: Engine) -> None:
     written(engine, keyed("x"), state=State.DISCARDED)
     written(engine, keyed("x"), state=State.UNROUTABLE)
     other = written(engine, keyed("y"))
-    assert waits(engine, *other) == {other[0]: False}
+    assert ahead(engine, *other) == {other[0]: Ahead.PASSABLE}
 
 
 def test_what_waits_behind_an_unroutable_one_of_its_topic_is_not_waited_for_by_other_topics(engine: Engine) -> None:
@@ -219,14 +219,14 @@ def test_what_waits_behind_an_unroutable_one_of_its_topic_is_not_waited_for_by_o
     written(engine, keyed("x"), state=State.UNROUTABLE)
     behind = written(engine, keyed("x"))
     other = written(engine, keyed("y"))
-    assert waits(engine, *behind, *other) == {behind[0]: True, other[0]: True}
+    assert ahead(engine, *behind, *other) == {behind[0]: Ahead.WAITS, other[0]: Ahead.WAITS}
     settle(engine, confirmed(engine, *before))
-    assert waits(engine, *behind, *other) == {behind[0]: True, other[0]: False}
+    assert ahead(engine, *behind, *other) == {behind[0]: Ahead.WAITS, other[0]: Ahead.PASSABLE}
 
 
 def test_a_row_that_is_gone_or_was_discarded_meanwhile_gets_no_answer(engine: Engine) -> None:
     discarded = written(engine, keyed(), state=State.DISCARDED)
-    assert waits(engine, *discarded, 9999) == {}
+    assert ahead(engine, *discarded, 9999) == {}
 
 
 def test_order_is_by_sequence_even_if_ids_say_otherwise(engine: Engine) -> None:
@@ -235,7 +235,7 @@ def test_order_is_by_sequence_even_if_ids_say_otherwise(engine: Engine) -> None:
         row = write_message(connection, each, 2)
         second = write_pending(connection, row, each, 2, id=100)
         first = write_pending(connection, row, each, 1, id=200)
-    assert waits(engine, first, second) == {first: False, second: True}
+    assert ahead(engine, first, second) == {first: Ahead.NOTHING, second: Ahead.WAITS}
 
 
 # --- settle ---

@@ -145,7 +145,7 @@ def test_a_message_that_was_committed_late_below_what_was_read_is_delivered_firs
 
 
 def test_it_is_the_query_by_key_that_keeps_the_order(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drain, "predecessors", lambda _connection, ids: dict.fromkeys(ids, False))
+    monkeypatch.setattr(drain, "predecessors", lambda _connection, ids: dict.fromkeys(ids, drain.Ahead.NOTHING))
     assert overtake(Stage(engine)) == [2, 1]
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from outbox.relay.lanes import Item, Lanes
-from outbox.store.drain import Row
+from outbox.store.drain import Ahead, Row
 
 
 def row(id: int, key: str | None = None, sequence: int | None = None, topic: str = "t", state: str = "pending") -> Row:
@@ -24,7 +24,7 @@ def load(into: Lanes, *rows: Row, size: int = 1) -> list[int]:
     chosen = into.choose(rows)
     into.load([item(each, size) for each in chosen])
     asked = into.unproven()
-    into.prove(asked, dict.fromkeys(asked, False))
+    into.prove(asked, dict.fromkeys(asked, Ahead.NOTHING))
     return [each.id for each in chosen]
 
 
@@ -118,7 +118,7 @@ def test_a_message_whose_predecessor_this_relay_did_not_deliver_waits_for_the_qu
     held.load([item(row(5, "a", 7))])
     assert held.unproven() == [5]
     assert take(held) == []
-    held.prove([5], {5: False})
+    held.prove([5], {5: Ahead.NOTHING})
     assert take(held) == [5]
 
 
@@ -132,8 +132,8 @@ def test_the_first_message_of_a_key_and_the_next_of_a_delivered_one_need_no_quer
     assert take(held) == [2]
 
 
-@pytest.mark.parametrize("waits", [{5: True}, {}], ids=["an earlier one is there", "it is gone"])
-def test_a_message_that_must_wait_is_unloaded_with_its_followers_for_a_later_read(waits: dict[int, bool]) -> None:
+@pytest.mark.parametrize("waits", [{5: Ahead.WAITS}, {}], ids=["an earlier one is there", "it is gone"])
+def test_a_message_that_must_wait_is_unloaded_with_its_followers_for_a_later_read(waits: dict[int, Ahead]) -> None:
     held = lanes()
     held.load([item(row(5, "a", 7)), item(row(6, "a", 8))])
     assert held.prove([5], waits)
@@ -286,3 +286,19 @@ def test_when_a_queue_is_bound_other_topics_stop_overtaking_what_waited_for_it()
     held.settled([1])
     assert load(held, row(2, "a", 2, "x"), row(3, "a", 3, "y")) == [2, 3]
     assert take(held) == [2]
+
+
+def test_a_message_that_went_past_an_unheard_one_says_nothing_about_the_next_of_its_key() -> None:
+    """A person may requeue the unheard one, and then it goes first."""
+    held = lanes()
+    held.load([item(row(2, "a", 2, "y")), item(row(3, "a", 3, "y"))])
+    assert held.unproven() == [2]
+    held.prove([2], {2: Ahead.PASSABLE})
+    take(held)
+    held.done(flying(held, 2))
+    assert held.unproven() == [3]
+    held.prove([3], {3: Ahead.NOTHING})
+    take(held)
+    load(held, row(4, "a", 4, "y"))
+    held.done(flying(held, 3))
+    assert take(held) == [4]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outbox.relay.lanes import Item, Lanes
-from outbox.store.drain import Row
+from outbox.store.drain import Ahead, Row
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -64,6 +64,8 @@ class LanesModel:
         self.read: OpenRead | None = None
         self.unsettled: list[tuple[int, str | None]] = []
         self.delivered: list[Row] = []
+        #: Who was about to go past whom when that was requeued.
+        self.overtaking: set[tuple[int, int]] = set()
 
     # --- writers ---
 
@@ -86,6 +88,19 @@ class LanesModel:
         waiting = [each for each in self.stored.values() if not each.committed]
         if waiting:
             waiting[-1 if latest else 0].committed = True
+
+    def requeue(self) -> None:
+        """Let a person requeue all that nobody listens to, and is not in the relay's hands."""
+        about_to_go = self.about_to_go()
+        for each in [each for each in self.stored.values() if each.state == "unroutable" and each.row.id not in self.lanes]:
+            passed = [other.row.id for other in self.stored.values() if other.state == "pending" and self.unheard(other.row)]
+            each.state = "pending"
+            self.overtaking |= {(later, earlier) for later in about_to_go for earlier in (*passed, each.row.id)}
+
+    def about_to_go(self) -> list[int]:
+        """What flies, or was asked about already."""
+        asked = self.lanes.ready_ids()
+        return [*asked, *(item.row.id for item in self.lanes.flights())]
 
     # --- reads ---
 
@@ -132,16 +147,17 @@ class LanesModel:
         asked = self.lanes.unproven()
         self.lanes.prove(asked, self.predecessors(asked))
 
-    def predecessors(self, asked: Collection[int]) -> Mapping[int, bool]:
+    def predecessors(self, asked: Collection[int]) -> Mapping[int, Ahead]:
         if not self.query_by_key:
-            return dict.fromkeys(asked, False)
-        return {id_: any(self.waits(self.stored[id_].row, other) for other in self.stored.values()) for id_ in asked}
+            return dict.fromkeys(asked, Ahead.NOTHING)
+        return {id_: self.ahead(self.stored[id_].row) for id_ in asked}
 
-    def waits(self, row: Row, other: Stored) -> bool:
-        earlier = other.row
-        if not other.committed or earlier.key != row.key or (earlier.sequence or 0) >= (row.sequence or 0):
-            return False
-        return earlier.topic == row.topic or not self.unheard(earlier)
+    def ahead(self, row: Row) -> Ahead:
+        earlier = [each.row for each in self.stored.values() if each.committed and each.row.key == row.key]
+        earlier = [each for each in earlier if (each.sequence or 0) < (row.sequence or 0)]
+        if any(each.topic == row.topic or not self.unheard(each) for each in earlier):
+            return Ahead.WAITS
+        return Ahead.PASSABLE if earlier else Ahead.NOTHING
 
     def unheard(self, row: Row) -> bool:
         """Whether nobody listens to the topic of *row*: it, or an earlier one of its key and topic, was returned."""
@@ -195,8 +211,10 @@ class LanesModel:
             passed = [other for other in self.stored.values() if other.row.key == row.key and other.row not in self.delivered]
             for other in passed:
                 if (other.row.sequence or 0) < (row.sequence or 0):
-                    # Only a message nobody listens to may be overtaken, by one of another topic.
-                    assert self.unheard(other.row), "it was delivered before an earlier one"
+                    # Only a message nobody listens to may be overtaken, by one of another topic; or nobody did when that was
+                    # about to go, before a person requeued it.
+                    by_right = self.unheard(other.row) or (row.id, other.row.id) in self.overtaking
+                    assert by_right, "it was delivered before an earlier one"
                     assert other.row.topic != row.topic, "it was delivered before an earlier one of its topic"
         self.delivered.append(self.stored[row.id].row)
 
@@ -317,7 +335,7 @@ def test_the_model_finds_a_broker_whose_batches_are_not_whole() -> None:
 def walk(model: LanesModel, random: Random, steps: int) -> None:
     """Do *steps* things, whichever."""
     for _ in range(steps):
-        step = random.randrange(7)
+        step = random.randrange(8)
         if step == 0:
             model.write(random.choice(_KEYS), random.choice(_TOPICS), late=random.random() < 0.5, wake=random.random() < 0.5)
         elif step == 1:
@@ -330,6 +348,8 @@ def walk(model: LanesModel, random: Random, steps: int) -> None:
             model.answer(random.randint(0, 3), random.choice(_OUTCOMES))
         elif step == 5:
             model.deliver_all()
+        elif step == 6:
+            model.requeue()
         else:
             model.settle()
         model.check()
