@@ -38,16 +38,17 @@ def migrate() -> None:
 
 @click.command("import")
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--as", "identifier", metavar="IDENTIFIER", help="Take this for the identifier of the export.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @with_appcontext
-def import_(folder: Path, as_json: bool) -> None:
+def import_(folder: Path, identifier: str | None, as_json: bool) -> None:
     """Load an Open Event export: FOLDER holds event.json, sessions.json, speakers.json, microlocations.json, tracks.json.
 
-    Names are taken in either spelling (start_time, starts-at). A second run changes what differs and nothing else. All or
-    nothing: a run that fails leaves no trace.
+    The files may be called so or without .json. Names are taken in either spelling (start_time, starts-at). A second run
+    changes what differs and nothing else. All or nothing: a run that fails leaves no trace.
     """
     with told():
-        conference = openevent.read(folder)
+        conference = openevent.read(folder, identifier)
         migrations.check(database.of(current_app).engine)
         bar = click.progressbar(length=importer.rows(conference), label="Importing", file=sys.stderr)
         with bar, database.changing() as db:

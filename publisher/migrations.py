@@ -128,4 +128,15 @@ def _part(op: Operations, name: str, *columns: sa.Column[Any] | sa.CheckConstrai
     op.create_index(f"{name}_event", name, ["event_id", "id"])
 
 
-PUBLISHER = migrations.History(name="publisher", steps=(_m0001_initial,), command="flask --app publisher migrate")
+def _m0002_deleted_imports(op: Operations) -> None:
+    op.create_table(
+        "deleted_imports",
+        sa.Column("kind", sa.String(20), primary_key=True),
+        sa.Column("event_id", Number, primary_key=True, autoincrement=False),
+        sa.Column("external_id", sa.String(255), primary_key=True),
+    )
+
+
+PUBLISHER = migrations.History(
+    name="publisher", steps=(_m0001_initial, _m0002_deleted_imports), command="flask --app publisher migrate"
+)

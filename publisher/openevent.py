@@ -38,8 +38,9 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "signup_url": ("signup",),
 }
 #: Names whose content is taken from elsewhere: lists that repeat the sessions' own references, sizes of one picture.
-_REPEATED = {"id", "identifier", "sessions", "speakers", "track", "microlocation", "thumbnail", "icon", "small", "large"} | {
-    f"{size}_image_url" for size in ("thumbnail", "icon", "small", "large")
+_REPEATED = {"id", "identifier", "deleted_at", "sessions", "speakers", "track", "microlocation", "thumbnail", "icon"} | {
+    *("small", "large"),
+    *(f"{size}_image_url" for size in ("thumbnail", "icon", "small", "large")),
 }
 #: What the column of external ids keeps.
 MAX_EXTERNAL_ID = 255
@@ -92,34 +93,46 @@ class Conference:
     notes: list[Note] = field(default_factory=list)
     #: File → rows of it that could not be taken.
     skipped: dict[str, int] = field(default_factory=dict)
+    #: File → ids of the rows that were deleted where the export was made.
+    deleted: dict[str, set[str]] = field(default_factory=dict)
 
 
-def read(folder: Path) -> Conference:
-    """Return what *folder* holds. Raises ExportError; a file other than event.json may be missing."""
-    return _Reader(folder).read()
+def read(folder: Path, identifier: str | None = None) -> Conference:
+    """Return what *folder* holds, under an *identifier* of its own where one is given.
+
+    Raises ExportError; a file other than event.json may be missing.
+    """
+    return _Reader(folder, identifier).read()
 
 
 class _Reader:
     """Reads one folder; keeps the notes and what its rows are called."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, identifier: str | None) -> None:
         self.folder = folder
+        self.identifier = identifier
         self.notes: list[Note] = []
         self.skipped: dict[str, int] = {}
         #: Of times that say no offset.
         self.zone = ZoneInfo("UTC")
         #: file → id there → (name, external id) of the rows that have it: real exports use an id twice.
         self.known: dict[str, dict[str, list[tuple[str, str]]]] = {}
+        #: file → ids of the rows that the server keeps as deleted.
+        self.deleted: dict[str, set[str]] = {}
         #: file → names that had content and have no place here.
         self.unplaced: dict[str, set[str]] = {}
 
     def read(self) -> Conference:
         raw = self._event()
-        event = Row(_id(raw.get("identifier")) or _id(raw.get("id")) or "", {})
+        if not _is_empty(raw.get("deleted_at")):
+            raise ExportError(f"{self.folder / 'event.json'} says that the conference is deleted (deleted_at)")
+        event = Row(_id(self.identifier) or _id(raw.get("identifier")) or _id(raw.get("id")) or "", {})
         if not event.external_id:
             raise ExportError(
                 f"{self.folder / 'event.json'} has neither identifier nor id: importing it again could not find it"
             )
+        if len(event.external_id) > MAX_EXTERNAL_ID:
+            raise ExportError(f"{self.folder / 'event.json'}: its identifier has more than {MAX_EXTERNAL_ID} characters")
         self.zone = _zone(raw.get("timezone"))
         event.values = self._values(EVENT, "event.json", None, raw)
         if not event.values["name"]:
@@ -132,7 +145,7 @@ class _Reader:
             self._note(file, f"no place here for {', '.join(sorted(names))}")
         if _length(self._load("sponsors.json", missing_is_fine=True)):
             self._note("sponsors.json", "not taken: this API keeps no sponsors")
-        return Conference(event, tracks, rooms, speakers, sessions, self.notes, self.skipped)
+        return Conference(event, tracks, rooms, speakers, sessions, self.notes, self.skipped, self.deleted)
 
     # --- files
 
@@ -150,7 +163,7 @@ class _Reader:
 
     def _load(self, file: str, *, missing_is_fine: bool = False) -> Any:
         """Return the JSON of *file*, None where it is missing or empty."""
-        path = self.folder / file
+        path = self._path(file)
         try:
             text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
@@ -167,6 +180,12 @@ class _Reader:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ExportError(f"{path} is no JSON: {error}") from error
+
+    def _path(self, file: str) -> Path:
+        """Return `NAME.json`, or `NAME` where there is only that: so the files are called in the zip of Open Event's server."""
+        path = self.folder / file
+        plain = path.with_suffix("")
+        return plain if plain.is_file() and not path.exists() else path
 
     def _objects(self, file: str) -> Iterator[dict[str, Any]]:
         loaded = self._load(file)
@@ -193,6 +212,10 @@ class _Reader:
         used: set[str] = set()
         for raw in self._objects(file):
             given, name = _id(raw.get("id")), _text(raw.get(label))
+            if not _is_empty(raw.get("deleted_at")):
+                self._skip(file, "skipped: deleted there", [given])
+                self.deleted.setdefault(file, set()).add(given or "")
+                continue
             if not given or not name:
                 self._skip(file, f"skipped: no {label if given else 'id'}", [given])
                 continue
@@ -212,6 +235,7 @@ class _Reader:
                 self._note(file, "its id belongs to another row; kept under a longer one", given, external_id)
             namesakes.append((_same(name), external_id))
             yield Row(external_id, self._values(kind, file, external_id, raw)), raw
+        self.deleted.get(file, set()).difference_update(used)  # one id for two rows: the other one lives
 
     def _session(self, row: Row, raw: Mapping[str, Any]) -> Session:
         file, times = "sessions.json", ("starts_at", "ends_at")
@@ -257,7 +281,8 @@ class _Reader:
             return None
         rows = self.known[file].get(given, [])
         if not rows:
-            self._note("sessions.json", f"names a row that is not in {file}", session, given)
+            reason = "is deleted in" if given in self.deleted.get(file, ()) else "is not in"
+            self._note("sessions.json", f"names a row that {reason} {file}", session, given)
             return None
         by_name = [external_id for other, external_id in rows if name and other == _same(name)]
         return (by_name or [rows[0][1]])[0]

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from publisher.conference import announce
 from publisher.conference.errors import Fault, IllegalMove, Invalid
-from publisher.conference.models import Event, Microlocation, Part, Speaker, Talk, TalkSpeaker, Track
+from publisher.conference.models import Deleted, Event, Microlocation, Part, Speaker, Talk, TalkSpeaker, Track
 from publisher.conference.states import MOVES, EventState, TalkState
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ def delete_event(db: Session, event: Event) -> None:
     announce.event(db, event, "deleted")
     talks = sa.select(Talk.id).where(Talk.event_id == event.id)
     db.execute(sa.delete(TalkSpeaker).where(TalkSpeaker.session_id.in_(talks)))
-    for row in (Talk, Speaker, Microlocation, Track):
+    for row in (Talk, Speaker, Microlocation, Track, Deleted):
         db.execute(sa.delete(row).where(row.event_id == event.id))
+    _remember(db, event, event_id=0)
     db.execute(sa.delete(Event).where(Event.id == event.id))
 
 
@@ -130,10 +131,17 @@ def delete(db: Session, event: Event, part: Part) -> None:
         announce.session(talk, "updated")
     if not isinstance(part, Track):
         say(db, event, part, "deleted")
+    _remember(db, part, event_id=event.id)
     db.delete(part)
     db.flush()
     if isinstance(part, Track):  # told by the list of those that remain
         say(db, event, part, "updated")
+
+
+def _remember(db: Session, thing: Event | Part, event_id: int) -> None:
+    """Note that something imported was deleted."""
+    if thing.external_id is not None:
+        db.merge(Deleted(kind=thing.__tablename__, event_id=event_id, external_id=thing.external_id))
 
 
 def say(db: Session, event: Event, part: Part, change: str) -> None:

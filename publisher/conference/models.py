@@ -181,3 +181,15 @@ class TalkSpeaker(Base):
     session_id: Mapped[int] = mapped_column(Number, sa.ForeignKey("sessions.id"), primary_key=True)
     speaker_id: Mapped[int] = mapped_column(Number, sa.ForeignKey("speakers.id"), primary_key=True, index=True)
     place: Mapped[int]
+
+
+class Deleted(Base):
+    """Something imported that was deleted here: importing its export again must not bring it back."""
+
+    __tablename__ = "deleted_imports"
+
+    #: The table it was in.
+    kind: Mapped[str] = mapped_column(sa.String(20), primary_key=True)
+    #: The event it belonged to; 0 for an event.
+    event_id: Mapped[int] = mapped_column(Number, primary_key=True, autoincrement=False)
+    external_id: Mapped[str] = mapped_column(sa.String(255), primary_key=True)

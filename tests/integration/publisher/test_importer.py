@@ -234,3 +234,110 @@ def test_nobody_loses_their_talk_where_two_people_share_an_id(sqlite_api: Api) -
     assert names("64") == ["Jiaqi Liu"]
     assert names("65") == ["Eleanor Stribling"]
     assert names("77") == ["Michele Pratusevich"]
+
+
+# --- what is another's, and what is gone --------------------------------------------------------------------------------
+
+
+def test_files_may_be_named_as_in_the_zip_of_the_server(api: Api, tmp_path: Path) -> None:
+    folder = copied(SUMMIT, tmp_path / "zip")
+    for path in list(folder.iterdir()):
+        path.rename(path.with_suffix(""))
+    assert counts(load(api, folder), "created") == {
+        "event": 1, "tracks": 1, "microlocations": 1, "speakers": 2, "sessions": 2,
+    }  # fmt: skip
+
+
+def _other(event: dict[str, Any]) -> dict[str, Any]:
+    times = {"starts_at": "2019-01-01T09:00:00+00:00", "ends_at": "2019-01-02T09:00:00+00:00"}
+    return {name: value for name, value in event.items() if name not in ("starts-at", "ends-at", "start_time", "end_time")} | {
+        "name": "Whale Days",
+        **times,
+    }
+
+
+def _other_titles(rows: list[Any]) -> list[Any]:
+    return [row | {"title": f"Diving {row['id']}"} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"event": _other}, {"event": lambda e: e | {"name": "Whale Days"}, "sessions": _other_titles}]
+)
+def test_another_conference_under_a_known_identifier_is_refused_and_can_be_named(
+    api: Api, sent: list[Message], tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    first = load(api, SUMMIT)
+    before = told_by(api)
+    sent.clear()
+    folder = copied(SUMMIT, tmp_path / "other", **changed)
+
+    refused = run(api, folder)
+
+    assert refused.exit_code == 1
+    assert "the export is of 'Whale Days'" in refused.stderr
+    own_name = "to import it as a conference of its own, name it: --as IDENTIFIER"
+    assert f"event {first['event_id']} here; {own_name}" in refused.stderr
+    assert (told_by(api), sent) == (before, [])
+    own = api.app.test_cli_runner().invoke(args=["import", str(folder), "--json", "--as", "whales"])
+    again = api.app.test_cli_runner().invoke(args=["import", str(folder), "--json", "--as", "whales"])
+    assert json.loads(own.stdout)["event_id"] == json.loads(again.stdout)["event_id"] != first["event_id"]
+    assert counts(json.loads(again.stdout), "updated") == {}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"event": lambda e: e | {"name": "Renamed"}}, {"event": lambda e: _other(e) | {"name": e["name"]}}]
+)
+def test_a_conference_may_change_its_name_or_its_dates(api: Api, tmp_path: Path, changed: dict[str, Any]) -> None:
+    first = load(api, SUMMIT)
+    second = load(api, copied(SUMMIT, tmp_path / "changed", **changed))
+    assert (second["event_id"], counts(second, "updated")) == (first["event_id"], {"event": 1})
+
+
+def test_what_is_deleted_there_is_left_out_and_counted(api: Api, tmp_path: Path) -> None:
+    gone = {"deleted_at": "2018-01-02T10:00:00+00:00"}
+    deleted = {
+        "sessions": lambda rows: [rows[0] | {"deleted-at": None}, rows[1] | gone],
+        "speakers": lambda rows: [rows[0], rows[1] | gone],
+        "microlocations": lambda rows: [row | gone for row in rows],
+    }
+    summary = load(api, copied(SUMMIT, tmp_path / "deleted", **deleted))
+    assert counts(summary, "created") == {"event": 1, "tracks": 1, "speakers": 1, "sessions": 1}
+    assert counts(summary, "skipped") == {"microlocations": 1, "speakers": 1, "sessions": 1}
+    assert not [note for note in summary["notes"] if "deleted_at" in note["detail"]]
+
+    load(api, copied(SUMMIT, tmp_path / "alive"))  # living again there
+    summary = load(api, tmp_path / "deleted")
+    kept = [(note["file"], note["detail"].partition(",")[0]) for note in summary["notes"] if "kept here" in note["detail"]]
+    assert kept == [
+        ("microlocations.json", "deleted there"), ("speakers.json", "deleted there"), ("sessions.json", "deleted there"),
+    ]  # fmt: skip
+    assert len(api.all(f"/v1/events/{summary['event_id']}/sessions")) == 2
+
+
+def test_an_export_of_a_deleted_conference_is_refused(api: Api, tmp_path: Path) -> None:
+    folder = copied(SUMMIT, tmp_path / "gone", event=lambda event: event | {"deleted_at": "2018-01-02T10:00:00+00:00"})
+    assert "says that the conference is deleted" in run(api, folder).stderr
+
+
+def test_what_was_deleted_here_stays_deleted(api: Api, sent: list[Message]) -> None:
+    path = f"/v1/events/{load(api, SUMMIT)['event_id']}"
+    for kind in KINDS:
+        api.delete(f"/v1/{kind}/{api.all(f'{path}/{kind}')[0]['id']}")
+    before = told_by(api)
+    sent.clear()
+
+    summary = load(api, SUMMIT)
+
+    assert counts(summary, "skipped") == dict.fromkeys(KINDS, 1)
+    assert (told_by(api), sent) == (before, [])
+    assert [note["detail"] for note in summary["notes"] if "deleted" in note["detail"]] == ["skipped: deleted here"] * 4
+
+
+def test_a_conference_that_was_deleted_here_is_refused_and_can_be_named(api: Api) -> None:
+    first = load(api, SUMMIT)
+    api.delete(f"/v1/events/{first['event_id']}")
+    refused = run(api, SUMMIT)
+    assert refused.exit_code == 1
+    assert "was deleted here, and an import brings nothing back; to import it as a conference of its own" in refused.stderr
+    again = api.app.test_cli_runner().invoke(args=["import", str(SUMMIT), "--json", "--as", "again"])
+    assert counts(json.loads(again.stdout), "created")["sessions"] == 2
