@@ -124,6 +124,8 @@ def _problem(url: str, parts: SplitResult) -> str | None:
 
 def _query(text: str, *, tls: bool) -> dict[str, str]:
     query = dict(parse_qsl(text, keep_blank_values=True))
+    if masking.has_secret(text):
+        raise ValueError(f"a secret is no parameter of it (known: {', '.join(PARAMETERS)}); put it before the host")
     problems = [f"{name} is no parameter (known: {', '.join(PARAMETERS)})" for name in query if name not in PARAMETERS]
     problems += [f"{name} needs amqps://" for name in query if name in _TLS_PARAMETERS and not tls]
     problems += [f"{name} is empty" for name, value in query.items() if not value]

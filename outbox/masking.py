@@ -13,10 +13,10 @@ ENCODE = "percent-encode what is special in user and password: @ as %40, / as %2
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 #: A URL as it should be: no character stands where another could be meant.
 _URL = re.compile(
-    r"[a-zA-Z][a-zA-Z0-9+.-]*://"
+    r"(postgres|postgresql|mysql|mariadb|oracle|mssql|sqlite|amqps?|https?|smtps?|rediss?)(\+\w+)?://"
     r"([^/?#@\s;,]*@)?"  # user and password
     r"([\w.-]*|\[[0-9a-fA-F:.]+\])(:\d+)?"  # host and port
-    r"(/[^?#@\s;,]*)?(\?[^=#@\s]+=[^#@\s]*)?"  # path and parameters
+    r"(/[^?#@\s;,]*)?(\?(?P<query>[\w.-]+=[^&?#@\s]*(&[\w.-]+=[^&?#@\s]*)*))?"  # path and parameters
 )
 #: A file, hence nobody's password.
 _FILE = re.compile(r"(sqlite(\+\w+)?|embedded):///[^@]*")
@@ -24,14 +24,36 @@ _HOST = re.compile(r"(localhost|[\w-]+(\.[\w-]+)+)(:\d+)?")
 _WITH_SCHEME = re.compile(r"://([^\n]*)@")
 _WITHOUT_SCHEME = re.compile(r"([^\s:/@]*):[^\s@/][^\s@]*@")
 _PARAMETER = re.compile(r"(?i)(?<![\w-])([\w-]*(?:pass|pwd|secret|token|credential)[\w-]*=)('[^']*'|[^&\s]*)")
+#: Parameters whose values are no secrets.
+_HARMLESS = re.compile(
+    r"sslmode|sslrootcert|sslcert|sslkey|cacertfile|certfile|keyfile|server_name_indication|heartbeat|connect_timeout|"
+    r"application_name|target_session_attrs|host|port|user|dbname|client_encoding|keepalives\w*|prepare_threshold"
+)
+_SECRET = re.compile(r"(?i)[\w-]*(pass|pwd|secret|token|credential)[\w-]*")
 
 
 def shown(value: str) -> str:
     """Return the *value* of a setting that should be a URL, as it may be shown."""
-    if any(form.fullmatch(value) for form in (_URL, _FILE, _HOST)):
+    if match := _URL.fullmatch(value):
+        query = match["query"] or ""
+        return mask(value.removesuffix(query)) + "&".join(map(_parameter, query.split("&") if query else ()))
+    if _FILE.fullmatch(value) or _HOST.fullmatch(value):
         return mask(value)
     scheme = _SCHEME.match(value)
     return f"{scheme[0] if scheme else ''}…"
+
+
+def _parameter(text: str) -> str:
+    """Return a parameter as it may be shown: an unknown name may be the rest of a password that holds an `&`."""
+    name = text.partition("=")[0]
+    if _HARMLESS.fullmatch(name):
+        return text
+    return f"{name}=***" if _SECRET.fullmatch(name) else "…"
+
+
+def has_secret(query: str) -> bool:
+    """Say whether a parameter of *query* is a secret; then what looks like another one may be a part of it."""
+    return any(_SECRET.fullmatch(part.partition("=")[0]) for part in query.split("&"))
 
 
 def mask(text: str) -> str:

@@ -104,8 +104,8 @@ class MailServer:
         parts = masking.split(url)
         _check(parts)
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        if unknown := sorted(query.keys() - {"cacertfile"}):
-            raise ValueError(f"{', '.join(unknown)} is no parameter of it (known: cacertfile)")
+        if query.keys() - {"cacertfile"}:
+            raise ValueError("it takes one parameter, cacertfile")
         tls = parts.scheme == "smtps"
         return cls(
             host=str(parts.hostname),

@@ -54,9 +54,9 @@ class Place:
     @property
     def shown(self) -> str:
         """The URL without its passwords: also drivers' parameters (`?password=…`) hold them."""
-        from outbox.masking import mask
+        from outbox.masking import shown
 
-        return mask(self.url.render_as_string(hide_password=True))
+        return shown(self.url.render_as_string(hide_password=True))
 
     def require_file(self) -> None:
         """Raise ConfigurationError for a SQLite file that is not there: opening it would make an empty one."""

@@ -183,9 +183,9 @@ def _broker(here: Context) -> Generator[Finding, None, bool]:
     elif state.blocked:
         yield Finding("broker", Verdict.WARN, state.detail)
     else:
-        from outbox.masking import mask
+        from outbox.masking import shown
 
-        yield Finding("broker", Verdict.OK, f"{mask(str(settings.broker_url))}, exchange {settings.exchange!r}")
+        yield Finding("broker", Verdict.OK, f"{shown(str(settings.broker_url))}, exchange {settings.exchange!r}")
     return state.connected
 
 
