@@ -6,7 +6,7 @@ import logging
 import random
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -17,11 +17,11 @@ from sqlalchemy.exc import DBAPIError
 from outbox.backoff import Backoff
 from outbox.consumer.arrival import again
 from outbox.consumer.delivery import Deliveries, Settled
-from outbox.consumer.failures import describe, first_line, is_transient, place
+from outbox.consumer.failures import describe, first_line, is_the_databases, is_transient, place
 from outbox.consumer.outcomes import Incomplete, Reject, Retry
-from outbox.consumer.parking import Aside
+from outbox.consumer.parking import PATIENCE_SECONDS, Aside, patience, plain, unnamed
 from outbox.consumer.tables import Reason
-from outbox.consumer.transaction import Transient
+from outbox.consumer.transaction import Conflict, Transient
 from outbox.logs import say
 
 if TYPE_CHECKING:
@@ -33,10 +33,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: A `Retry(after)` up to this keeps the message in hand; a longer one sets it aside.
-LONGEST_WAIT_SECONDS = 60.0
 #: Now and then a handler has to wait; so often in a row, and an operator wants to know why nothing moves.
 _NOTEWORTHY = 5
+#: A batch that conflicts is repeated alone so often; then the culprit is looked for.
+_CONFLICTS = 3
+#: When conflicts recur within so many seconds, work is done one after the other for as long.
+_CALM_SECONDS = 10.0
+#: So long it is waited for everybody else to be done: by what conflicted, and by a suspect.
+_CALM_PATIENCE_SECONDS = 1.0
+_ALONE_PATIENCE_SECONDS = 10.0
 
 
 class GivenUp(Exception):
@@ -58,10 +63,14 @@ class Policy:
     max_attempts: int = 5
     #: Between the attempts at one message. Short: its worker waits.
     between_attempts: Backoff = field(default=Backoff(0.1, 5.0))
-    #: While the database is away.
+    #: While the database is away, and between the attempts at a message that is not sure to be to blame.
     without_database: Backoff = field(default=Backoff(0.2, 5.0))
     #: After `Retry()`.
-    when_asked: Backoff = field(default=Backoff(1.0, LONGEST_WAIT_SECONDS))
+    when_asked: Backoff = field(default=Backoff(1.0, 60.0))
+    #: So long a message may wait in a worker's hands for something else than itself; for longer it is set aside.
+    in_hand_seconds: float = 5.0
+    #: So long a message may wait at all at its handler's wish.
+    patience_seconds: float = PATIENCE_SECONDS
 
 
 class Pause:
@@ -75,8 +84,9 @@ class Pause:
         self._lock = threading.Lock()
         self._until = 0.0
         self._failures = 0
-        self._asked = 0
         self._problem = ""
+        #: How often anything was committed, by whichever thread.
+        self.commits = 0
 
     @property
     def problem(self) -> str:
@@ -98,7 +108,11 @@ class Pause:
             raise Stopping
 
     def database_failed(self, error: BaseException) -> None:
-        """The database was away or busy: everybody waits, longer each time."""
+        """The database was away: everybody waits, longer each time."""
+        self.everybody(self.noted(error))
+
+    def noted(self, error: BaseException) -> float:
+        """The database did not do what was wanted; return for how long to wait, longer each time."""
         with self._lock:
             self._failures += 1
             # One deadlock is everyday life; the second failure in a row is news.
@@ -107,42 +121,74 @@ class Pause:
                 self._problem = first_line(cause) if is_transient(cause) or isinstance(cause, DBAPIError) else place(cause)
                 sentence = f"service {self._service!r}: its database can't be used now; waiting for it ({self._problem})"
                 say(log, logging.WARNING, "consumer.database_lost", sentence, service=self._service)
-            self._begin(self._policy.without_database.wait(self._failures, self._rng))
+            return self._policy.without_database.wait(self._failures, self._rng)
 
-    def asked_for(self, seconds: float | None) -> None:
-        """A handler raised Retry: everybody waits *seconds*, or longer each time."""
+    def everybody(self, seconds: float) -> None:
+        """Let all wait for *seconds*: what each of them needs is away."""
         with self._lock:
-            self._asked += 1
-            if self._asked == _NOTEWORTHY:
-                sentence = (
-                    f"service {self._service!r}: handlers raised Retry {_NOTEWORTHY} times in a row; nothing is applied until "
-                    "what they wait for is back"
-                )
-                say(log, logging.WARNING, "consumer.waiting", sentence, service=self._service)
-            self._begin(self._policy.when_asked.wait(self._asked, self._rng) if seconds is None else seconds)
-
-    def _begin(self, seconds: float) -> None:
-        self._until = max(self._until, time.monotonic() + seconds)
+            self._until = max(self._until, time.monotonic() + seconds)
 
     def over(self) -> None:
         """A transaction was committed."""
-        if not self._failures and not self._asked:
+        self.commits += 1
+        if not self._failures:
             return
         with self._lock:
             if self._problem:
                 say(log, logging.INFO, "consumer.database_back", f"service {self._service!r}: its database is back")
-            self._failures = self._asked = 0
+            self._failures = 0
             self._problem = ""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Case:
+    """What was tried with one message, and when to try again."""
+
+    failed: int = 0
+    #: How often its handler asked to try again later.
+    asked: int = 0
+    #: When it first had to wait for something else than itself; as `time.monotonic()`.
+    since: float | None = None
+    #: Not before; as `time.monotonic()`.
+    due: float = 0.0
+    #: It met a conflict: from then on it is tried alone.
+    alone: bool = False
+    #: What `Pause.commits` was when it first failed for want of something that others may have had.
+    commits: int | None = None
+
+    def waits(self, seconds: float) -> None:
+        """Try it again in *seconds*."""
+        self.due = time.monotonic() + seconds
+
+    def waited(self) -> float:
+        """Return for how many seconds it has been waiting."""
+        self.since = time.monotonic() if self.since is None else self.since
+        return time.monotonic() - self.since
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class InHand(Case):
+    """A message that came from the broker, and stays in a worker's hands."""
+
+    arrival: Arrival
+
+    @property
+    def lane(self) -> object:
+        """What waits with it: the later messages of its key, or nothing."""
+        return self if self.arrival.key is None else self.arrival.key
 
 
 class Attempts:
     """Settles messages, however often that takes: for one worker thread."""
 
-    def __init__(self, deliveries: Deliveries, policy: Policy, pause: Pause, rng: random.Random) -> None:
+    def __init__(
+        self, deliveries: Deliveries, policy: Policy, pause: Pause, rng: random.Random, turnstile: Turnstile | None = None
+    ) -> None:
         self.deliveries = deliveries
         self.policy = policy
         self.pause = pause
         self._rng = rng
+        self._turnstile = turnstile or Turnstile()
 
     def settle(self, batch: Sequence[Arrival], done: Callable[[list[Settled]], None]) -> None:
         """Settle *batch*, together if that works, else one by one; *done* is told after each commit. Raises Stopping."""
@@ -150,37 +196,82 @@ class Attempts:
             if self._together(batch, done):
                 return
             batch = [again(arrival) for arrival in batch]
-        for arrival in batch:
-            done(self._alone(arrival))
+        self._one_by_one([InHand(arrival=arrival) for arrival in batch], done)
+
+    # --- together ---------------------------------------------------------------------------------------------------------
 
     def _together(self, batch: Sequence[Arrival], done: Callable[[list[Settled]], None]) -> bool:
+        """Say whether that worked; if not, it is looked for the culprit."""
+        conflicts = 0
         while True:
             self.pause.wait()
             try:
-                settled = self.deliveries.settle(batch)
+                with self._turnstile.calm() if conflicts else self._turnstile.side_by_side():
+                    settled = self.deliveries.settle(batch)
+            except Conflict as error:
+                conflicts += 1
+                self._turnstile.conflict()
+                if conflicts == _CONFLICTS or not error.handled:
+                    return False
             except Transient as error:
+                if error.handled and self.deliveries.database_works():
+                    return False
                 self.pause.database_failed(error)
-                batch = [again(arrival) for arrival in batch]
             except Exception:  # noqa: BLE001 - whatever it was, it is looked at when the culprit is alone
                 return False
             else:
                 self.pause.over()
                 done(settled)
                 return True
+            batch = [again(arrival) for arrival in batch]
 
-    def _alone(self, arrival: Arrival) -> list[Settled]:
-        def work() -> list[Settled]:
-            nonlocal arrival
-            try:
+    # --- one by one -------------------------------------------------------------------------------------------------------
+
+    def _one_by_one(self, cases: list[InHand], done: Callable[[list[Settled]], None]) -> None:
+        """Settle each; while one waits, only the later ones of its key wait with it."""
+        while cases:
+            waiting: dict[object, InHand] = {}
+            for case in list(cases):
+                if case.lane in waiting:
+                    continue
+                if (settled := self._tried(case)) is None:
+                    waiting[case.lane] = case
+                else:
+                    cases.remove(case)
+                    done(settled)
+            if waiting:
+                self._until(min(case.due for case in waiting.values()))
+
+    def _tried(self, case: InHand) -> list[Settled] | None:
+        """Return what became of the message; None: it has to wait until it is due."""
+        while case.due <= time.monotonic():
+            settled = self._step(case, partial(self._settle_alone, case), partial(self._park, case))
+            if settled is not None:
+                return settled
+        return None
+
+    def _settle_alone(self, case: InHand) -> list[Settled]:
+        arrival = case.arrival
+        try:
+            with self._guard(case):
                 return self._watched(arrival) if arrival.suspect else self.deliveries.settle([arrival])
-            except Exception:
-                arrival = again(arrival)
-                raise
+        except Exception:
+            case.arrival = again(arrival)
+            raise
 
-        def give_up(aside: Aside) -> list[Settled]:
+    def _guard(self, case: InHand) -> AbstractContextManager[None]:
+        if case.arrival.suspect:
+            return self._turnstile.alone()
+        return self._turnstile.calm() if case.alone else self._turnstile.side_by_side()
+
+    def _park(self, case: InHand, aside: Aside) -> list[Settled]:
+        def park(arrival: Arrival, aside: Aside) -> list[Settled]:
             return self.deliveries.settle([arrival], {arrival: aside})
 
-        return self.persist(work, give_up)
+        arrival = case.arrival
+        return self.until_written(
+            partial(park, arrival, aside), partial(park, *plain(arrival, aside)), partial(park, *unnamed(arrival, aside))
+        )
 
     def _watched(self, arrival: Arrival) -> list[Settled]:
         """Settle a suspect: that it is tried is on record before, in case the process does not live to tell."""
@@ -193,51 +284,143 @@ class Attempts:
             self.until_written(lambda: self.deliveries.end_attempt(arrival))  # it failed, and we live
             raise
 
+    # --- what an exception means ------------------------------------------------------------------------------------------
+
     def persist(self, work: Callable[[], T], give_up: Callable[[Aside], T]) -> T:
         """Return what *work* returns, tried as often as the policy allows, else what *give_up* does. Raises Stopping."""
-        failed = 0
-        while True:
-            self.pause.wait()
-            aside = None
-            try:
-                result = work()
-            except Transient as error:
-                self.pause.database_failed(error)
-            except Retry as later:
-                seconds = later.after_seconds
-                if seconds is not None and seconds > LONGEST_WAIT_SECONDS:
-                    aside = Aside(Reason.LATER, *describe(later), due_at=self._after(seconds))
-                else:
-                    self.pause.asked_for(seconds)
-            except Reject as reason:
-                aside = Aside(Reason.REJECTED, *describe(reason), attempts=1, hold=reason.hold)
-            except GivenUp as reason:
-                aside = reason.aside
-            except Incomplete as reason:
-                aside = Aside(Reason.INCOMPLETE, describe(reason)[0])
-            except Exception as error:  # noqa: BLE001 - a handler may raise anything
-                failed += 1
-                if failed >= self.policy.max_attempts:
-                    aside = Aside(Reason.FAILED, *describe(error), attempts=failed)
-                else:
-                    self.pause.rest(self.policy.between_attempts.wait(failed, self._rng))
-            else:
-                self.pause.over()
-                return result
-            if aside is not None:
-                return self.until_written(partial(give_up, aside))
+        case = Case()
+
+        def park(aside: Aside) -> T:
+            return self.until_written(partial(give_up, aside), partial(give_up, aside.plain()))
+
+        while (result := self._step(case, work, park)) is None:
+            self._until(case.due)
+        return result
+
+    def _step(self, case: Case, work: Callable[[], T], park: Callable[[Aside], T]) -> T | None:
+        """Try once; return what became of it, None if it is to be tried again. Raises Stopping."""
+        self.pause.wait()
+        try:
+            result = work()
+        except Stopping:
+            raise
+        except Exception as error:  # noqa: BLE001 - a handler may raise anything
+            aside = self._judged(case, error)
+            return None if aside is None else park(aside)
+        self.pause.over()
+        return result
+
+    def _judged(self, case: Case, error: Exception) -> Aside | None:
+        """Return why the message is to be set aside; None: it is to be tried again."""
+        match error:
+            case Transient():
+                return self._in_trouble(case, error)
+            case Retry():
+                return self._asked(case, error)
+            case Reject():
+                return Aside(Reason.REJECTED, *describe(error), attempts=1, hold=error.hold, place=place(error))
+            case GivenUp():
+                return error.aside
+            case Incomplete():
+                return Aside(Reason.INCOMPLETE, describe(error)[0], place=place(error))
+            case _:
+                return self._failed(case, error, self.policy.between_attempts)
+
+    def _failed(self, case: Case, error: BaseException, backoff: Backoff) -> Aside | None:
+        case.failed += 1
+        if case.failed >= self.policy.max_attempts:
+            return Aside(Reason.FAILED, *describe(error), attempts=case.failed, place=place(error))
+        case.waits(backoff.wait(case.failed, self._rng))
+        return None
+
+    def _in_trouble(self, case: Case, error: Transient) -> Aside | None:
+        """Tell the message that brings about its own trouble from the database that is away for everybody."""
+        if isinstance(error, Conflict) and error.handled:
+            self._turnstile.conflict()
+            if not case.alone:  # next time nobody of ours can be in its way
+                case.alone = True
+                return None
+        elif not isinstance(error, Conflict) and not (error.handled and self.deliveries.database_works()):
+            self.pause.database_failed(error)
+            return None
+        elif not (error.handled and self._is_its_own(case, error)):
+            return self._in_doubt(case, error)
+        return self._failed(case, error.__cause__ or error, self.policy.without_database)
+
+    def _is_its_own(self, case: Case, error: Transient) -> bool:
+        """Say whether a message is to blame for its trouble, the database being there."""
+        # Whose connection died, while a new one works, can't say that the database is away. But room and memory may be short
+        # for all, as long as nobody else gets anything done.
+        if case.commits is None:
+            case.commits = self.pause.commits
+        return error.lost or case.commits != self.pause.commits
+
+    def _in_doubt(self, case: Case, error: Transient) -> Aside | None:
+        """Let the message wait, and nobody else: another one has what it needs, or nobody can tell yet."""
+        seconds = self.pause.noted(error)
+        if error.handled and not self._may_stay(case, seconds):
+            # Where the database takes this row it has room, and where not, everybody waits.
+            return Aside(Reason.LATER, *describe(error.__cause__ or error), due_at=self._after(seconds), place=place(error))
+        case.waits(seconds)
+        return None
+
+    def _may_stay(self, case: Case, seconds: float) -> bool:
+        """Say whether a message may stay in a worker's hands until it is tried again."""
+        return isinstance(case, InHand) and case.waited() + seconds <= self.policy.in_hand_seconds
 
     def _after(self, seconds: float) -> datetime:
         return self.deliveries.clock() + timedelta(seconds=seconds)
 
-    def until_written(self, write: Callable[[], T]) -> T:
-        """Return what *write* returns, tried until the database takes it: what is to be parked has nowhere else to go."""
+    def _asked(self, case: Case, later: Retry) -> Aside | None:
+        """Let the message wait as its handler wished: in hand, or set aside, or not any longer."""
+        waited = case.waited()
+        case.asked += 1
+        seconds = self._seconds(case, later)
+        if waited > patience(later.after_seconds, self.policy.patience_seconds):
+            return Aside(Reason.FAILED, *describe(later), attempts=case.asked, place=place(later))
+        if later.everybody:
+            self.pause.everybody(seconds)
+        elif not self._may_stay(case, seconds):
+            return Aside(Reason.LATER, *describe(later), due_at=self._after(seconds), place=place(later))
+        if case.asked == _NOTEWORTHY:
+            self._say_waiting(case, later)
+        case.waits(seconds)
+        return None
+
+    def _seconds(self, case: Case, later: Retry) -> float:
+        if later.after_seconds is None:
+            return self.policy.when_asked.wait(case.asked, self._rng)
+        # Never at once: a handler that asks for no time at all would be called as fast as the processor allows.
+        return max(later.after_seconds, self.policy.between_attempts.ceiling(case.asked))
+
+    def _say_waiting(self, case: Case, later: Retry) -> None:
+        arrival = case.arrival if isinstance(case, InHand) else None
+        which = "a parked message" if arrival is None else f"message {arrival.identity[1]}"
+        whom = "the whole service waits" if later.everybody else "later messages of its key wait"
+        sentence = f"the handler of {which} raised Retry {case.asked} times ({first_line(later)}); {whom}"
+        fields = {} if arrival is None else {"topic": arrival.topic, "key": arrival.key and arrival.key[1]}
+        say(log, logging.WARNING, "consumer.waiting", sentence, service=self.deliveries.service.name, **fields)
+
+    # --- waiting ----------------------------------------------------------------------------------------------------------
+
+    def _until(self, due: float) -> None:
+        self.pause.rest(max(0.0, due - time.monotonic()))
+
+    def until_written(self, write: Callable[[], T], *reduced: Callable[[], T]) -> T:
+        """Return what *write* returns, tried until the database takes it: what is to be parked has nowhere else to go.
+
+        Where it is not the database's state that stands in the way but what is written, the next of *reduced* is tried.
+        """
+        writes = [write, *reduced]
         while True:
             self.pause.wait()
             try:
-                result = write()
+                result = writes[0]()
             except Exception as error:  # noqa: BLE001 - also a missing permission or a full disk may be mended
-                self.pause.database_failed(error)
+                if len(writes) > 1 and not (isinstance(error, Transient) or is_the_databases(error)):
+                    del writes[0]
+                else:
+                    self.pause.database_failed(error)
             else:
                 self.pause.over()
                 return result
@@ -249,13 +432,33 @@ def crashed(times: int, doing: str) -> Aside:
 
 
 class Turnstile:
-    """Lets work run side by side, and suspects alone: when one kills the process, nobody else's attempt is to blame."""
+    """Lets work run side by side, and some of it alone.
+
+    A suspect is, so that when it kills the process nobody else's attempt is to blame; and what met a conflict, because
+    repeated beside the others it would meet the next one.
+    """
 
     def __init__(self) -> None:
+        self._conflict_at = self._calm_until = float("-inf")
         self._changed = threading.Condition()
         self._inside = 0
         self._alone = False
         self._asking = 0
+
+    def conflict(self) -> None:
+        """Two transactions were in each other's way. When that recurs, all are one after the other for a while."""
+        now = time.monotonic()
+        if now - self._conflict_at < _CALM_SECONDS:
+            self._calm_until = now + _CALM_SECONDS
+        self._conflict_at = now
+
+    def side_by_side(self) -> AbstractContextManager[None]:
+        """Beside others, or one after the other while conflicts recur."""
+        return self.calm() if time.monotonic() < self._calm_until else self.shared()
+
+    def calm(self) -> AbstractContextManager[None]:
+        """When nobody else is inside, unless that takes long."""
+        return self.alone(_CALM_PATIENCE_SECONDS)
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -271,16 +474,19 @@ class Turnstile:
                 self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """When nobody else is inside."""
+    def alone(self, patience_seconds: float = _ALONE_PATIENCE_SECONDS) -> Iterator[None]:
+        """When nobody else is inside. Whoever stays in for longer than that must not stop all others: then beside him."""
         with self._changed:
             self._asking += 1
-            self._changed.wait_for(lambda: not self._alone and not self._inside)
+            alone = self._changed.wait_for(lambda: not self._alone and not self._inside, patience_seconds)
             self._asking -= 1
-            self._alone = True
+            self._alone = alone
+            self._inside += not alone
+            self._changed.notify_all()
         try:
             yield
         finally:
             with self._changed:
-                self._alone = False
+                self._alone = self._alone and not alone
+                self._inside -= not alone
                 self._changed.notify_all()

@@ -13,10 +13,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Engine
 
 from outbox import failpoints, migrations
 from outbox.consumer import arrival as arrivals
 from outbox.consumer import inbox, parking, tables
+from outbox.consumer.failures import is_transient
 from outbox.consumer.migrations import history
 from outbox.consumer.outcomes import Outcome
 from outbox.consumer.parking import Aside
@@ -29,7 +31,7 @@ from outbox.message import Message, Received, cloud_event
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from sqlalchemy.engine import Connection, Engine
+    from sqlalchemy.engine import Connection
 
     from outbox.consumer.arrival import Arrival, Key
     from outbox.consumer.handlers import Handler
@@ -91,6 +93,19 @@ class Deliveries:
             settled = _Batch(self.service, session, self.clock(), self.worker).settle(batch, aside)
         failpoints.reached("K4")
         return settled
+
+    def database_works(self) -> bool:
+        """Say whether a new connection can be made and written with: an old one may be dead by its handler's doing."""
+        engine = Engine(self.engine.pool.recreate(), self.engine.dialect, self.engine.url, hide_parameters=True)
+        try:
+            with engine.connect() as connection:
+                connection.execute(_probe(engine.dialect.name))
+                connection.rollback()
+        except Exception as error:  # noqa: BLE001 - what is no trouble of the database's says that it is there
+            return not is_transient(error)
+        finally:
+            engine.dispose()
+        return True
 
     def begin_attempt(self, arrival: Arrival) -> int:
         """Record, before it is handled, that *arrival* is about to be; return how often that began without an end."""
@@ -212,6 +227,11 @@ def task_of(service: Service, arrival: Arrival) -> Task | Aside:
     if handler is None:
         return Aside(Reason.NO_HANDLER, f"service {service.name!r} has no handler for {arrival.topic!r}")
     return Task(arrival.message, handler)
+
+
+def _probe(dialect: str) -> Any:
+    """Return a statement that shows whether the database takes any; a demoted PostgreSQL takes no INSERT."""
+    return sa.insert(tables.nothing).values(id=0) if dialect == "postgresql" else sa.select(tables.nothing)
 
 
 @cache

@@ -43,6 +43,12 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
+def is_the_databases(error: BaseException) -> bool:
+    """Say whether *error* is of a database's state, or of our rights in it: another text to write would meet it, too."""
+    states = (Meaning.OTHER, Meaning.CANCELLED)
+    return is_transient(error) or any(meaning(each) not in states for each in causes(error))
+
+
 def is_aborted(error: BaseException) -> bool:
     """Say whether PostgreSQL refuses a statement because an earlier one of the transaction failed."""
     return sqlstate(error) == "25P02"
@@ -67,7 +73,8 @@ def describe(error: BaseException) -> tuple[str, str]:
 
 def place(error: BaseException) -> str:
     """Return the type of *error* and where it was raised, without its text: that may hold payload."""
-    frames = traceback.extract_tb(error.__traceback__)
+    raised = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in raised if "site-packages" not in frame.filename] or raised  # not where a library raised it
     where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}{where}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from asyncio import CancelledError
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -63,10 +64,12 @@ class Handler:
         token = current.set(Current(message, db_session))
         try:
             result = self.function(message, db_session, **fields)
-        except SystemExit as error:
-            raise HandlerMistake(f"{self.name} called sys.exit(); raise Reject or Retry, or let an error out") from error
-        except CancelledError as error:  # no Exception either: it would end the process
-            raise HandlerMistake(f"{self.name} was cancelled by what it called (asyncio.CancelledError)") from error
+        except Exception:
+            raise
+        except BaseException as error:  # it would end the process: this worker's, and everybody's
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # Ctrl-C, in a test or a shell: signals come to no other thread
+            raise HandlerMistake(f"{self.name} {_way_out(error)}") from error
         finally:
             current.reset(token)
         if problem := _not_run(result):
@@ -74,6 +77,14 @@ class Handler:
         db_session.flush()  # now, so that an error is this message's and the next one sees what this one wrote
         if db_session.in_nested_transaction():
             raise HandlerMistake(f"{self.name} left a savepoint open; use it as `with db_session.begin_nested():`")
+
+
+def _way_out(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return "called sys.exit(); raise Reject or Retry, or let an error out"
+    if isinstance(error, CancelledError):
+        return "was cancelled by what it called (asyncio.CancelledError)"
+    return f"raised {type(error).__name__}, which is no Exception: it would end the process"
 
 
 def _not_run(result: object) -> str:

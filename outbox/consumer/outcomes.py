@@ -21,17 +21,21 @@ class Outcome(StrEnum):
 class Retry(Exception):
     """Raise in a handler: not now, and it is not the message's fault (a mail server that is down).
 
-    Costs no attempt. Without *after* the service waits, longer each time, up to a minute. Up to 60 seconds it waits that
-    long; the whole service does, for what is down for one message is down for all. Over 60 seconds the message is set
-    aside until then, later messages of its key behind it, and the service goes on with other keys.
+    Costs no attempt. Later messages of its key wait, all others go on. It is tried again *after* that time, or else after
+    longer and longer ones; up to five seconds a worker keeps it in hand, then it is set aside until it is due. What still
+    asks after an hour (or, where that is longer, ten times *after*) is parked as failed, for a person.
+
+    *reason* says what it waits for, in logs and in `outbox consumer parked list`: no payload. With *everybody* the whole
+    service waits, for longer and longer up to a minute: what is away is what each message needs.
     """
 
-    def __init__(self, after: float | timedelta | None = None, reason: str = "") -> None:
+    def __init__(self, after: float | timedelta | None = None, reason: str = "", *, everybody: bool = False) -> None:
         seconds = after.total_seconds() if isinstance(after, timedelta) else after
         if seconds is not None and not 0 <= seconds <= 366 * 86_400:
             raise ValueError(f"Retry(after={after}): it must be 0 seconds to 366 days")
         super().__init__(reason or "the handler asked to try again later")
         self.after_seconds = seconds
+        self.everybody = everybody
 
 
 class Reject(Exception):

@@ -6,7 +6,10 @@ before it was replayed or discarded. Whoever changes a keyed row has locked the 
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -14,6 +17,7 @@ import sqlalchemy as sa
 from outbox.consumer import inbox
 from outbox.consumer.arrival import properties_as_text
 from outbox.consumer.tables import Reason, State, parked
+from outbox.message import MAX_NAME_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +29,10 @@ if TYPE_CHECKING:
 
 #: Nothing this service does depends on such a message, so nothing waits for it.
 _FREE_REASONS = (Reason.NO_HANDLER, Reason.UNDECODABLE)
+#: So long a message may wait at its handler's wish.
+PATIENCE_SECONDS = 3600.0
+#: And so long between two tries, if the handler does not wish for more.
+_LONGEST_PAUSE = timedelta(minutes=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,10 @@ class Aside:
     late: bool = False
     #: False: later messages of its key need not wait for it.
     hold: bool = True
+    #: The class of the exception and where it was raised: without its text, for logs.
+    place: str = ""
+    #: When its handler first asked for a later time.
+    since: datetime | None = None
 
     @property
     def state(self) -> State:
@@ -51,6 +63,46 @@ class Aside:
     def holds(self, key: Key | None) -> bool:
         """Whether later messages of *key* must wait for it."""
         return key is not None and self.hold and self.reason not in _FREE_REASONS
+
+    def plain(self) -> Aside:
+        """Return this in letters that any database takes."""
+        return dataclasses.replace(self, error=_ascii(self.error), detail="")
+
+    def after(self, before: Row[Any], now: datetime) -> Aside:
+        """Return this for a message that is parked already: who asks again for a later time waits longer, and not for ever."""
+        if self.reason is not Reason.LATER or self.due_at is None:
+            return self
+        since = before.waiting_since or now
+        waited, wish = now - since, self.due_at - now
+        if waited.total_seconds() > patience(wish.total_seconds()):
+            return dataclasses.replace(self, reason=Reason.FAILED, due_at=None)
+        return dataclasses.replace(self, due_at=now + max(wish, min(waited / 4, _LONGEST_PAUSE)), since=since)
+
+
+def patience(wish_seconds: float | None, seconds: float = PATIENCE_SECONDS) -> float:
+    """Return for how long a message may wait whose handler wishes to be called again after *wish_seconds*."""
+    return max(seconds, 10 * (wish_seconds or 0.0))
+
+
+# --- what can't be written as it is --------------------------------------------------------------------------------------
+
+
+def plain(arrival: Arrival, aside: Aside) -> tuple[Arrival, Aside]:
+    """Return *arrival* with nothing that only people read: properties, traceback, letters beyond ASCII in the error."""
+    body = arrival.body if isinstance(arrival.body, bytes) else str(arrival.body).encode("utf-8", "backslashreplace")
+    return dataclasses.replace(arrival, body=body, properties={"left out": "could not be written"}), aside.plain()
+
+
+def unnamed(arrival: Arrival, aside: Aside) -> tuple[Arrival, Aside]:
+    """Return *arrival* known by a digest alone: what is left when its id, topic or key can't be written."""
+    reduced, told = plain(arrival, aside)
+    digest = f"sha256:{hashlib.sha256(repr(arrival.identity).encode() + reduced.body).hexdigest()}"
+    topic = _ascii(arrival.topic)[:MAX_NAME_BYTES]
+    return dataclasses.replace(reduced, message=None, digest=digest, routing_key=topic), told
+
+
+def _ascii(text: str) -> str:
+    return text.replace("\0", "\\0").encode("ascii", "backslashreplace").decode()
 
 
 def row(service: str, arrival: Arrival, aside: Aside, now: datetime) -> dict[str, Any]:
@@ -75,6 +127,7 @@ def row(service: str, arrival: Arrival, aside: Aside, now: datetime) -> dict[str
         "created_at": message.created_at if message else None,
         "parked_at": now,
         "due_at": aside.due_at,
+        "waiting_since": (aside.since or now) if aside.reason is Reason.LATER else None,
         "properties": properties_as_text(arrival.properties),
         "body": arrival.body,
     }
@@ -143,6 +196,7 @@ def set_aside_again(connection: Connection, row_id: int, aside: Aside, *, holds:
             starts=0,
             holds=holds,
             due_at=aside.due_at,
+            waiting_since=aside.since,
         )
     )
 
@@ -171,7 +225,7 @@ def move_up(connection: Connection, service: str, key: Key, now: datetime) -> No
 
 def requeue(connection: Connection, row: Row[Any], actor: str, now: datetime) -> None:
     """Let the worker try *row* again: now, or when those before it in its key are gone."""
-    values: dict[str, Any] = {"state": State.DUE, "due_at": now, "starts": 0}
+    values: dict[str, Any] = {"state": State.DUE, "due_at": now, "starts": 0, "waiting_since": None}
     if row.key is not None:
         key = (row.source, row.key)
         (mark,) = inbox.lock_marks(connection, row.service, [key]).values()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from outbox.consumer.arrival import Arrival
-    from outbox.consumer.attempts import Attempts, Turnstile
+    from outbox.consumer.attempts import Attempts
     from outbox.consumer.delivery import Settled
     from outbox.consumer.waiting import Waiting
 
@@ -29,13 +29,11 @@ class Pool:
         self,
         attempts: Sequence[Attempts],
         waiting: Waiting,
-        turnstile: Turnstile,
         *,
         batch: int,
         wake: Callable[[], None],
     ) -> None:
         self._waiting = waiting
-        self._turnstile = turnstile
         self._batch = batch
         self._wake = wake
         self._finished: deque[Arrival] = deque()
@@ -87,10 +85,8 @@ class Pool:
             telemetry.settled(attempts.deliveries.service, results)
             self._wake()
 
-        guard = self._turnstile.alone() if batch[0].suspect else self._turnstile.shared()
         try:
-            with guard:
-                attempts.settle(batch, done)
+            attempts.settle(batch, done)
         except Stopping:
             pass  # what is not settled is not acknowledged: the next process gets it first
         finally:

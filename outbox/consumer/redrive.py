@@ -107,6 +107,7 @@ class Replays:
             head = self._head(connection, row_id, key)
             if head is None or head.id != row_id:
                 return []
+            aside = aside.after(head, self._deliveries.clock())
             holds = aside.holds(key)
             parking.set_aside_again(connection, row_id, aside, holds=holds)
             if key is not None and not holds:

@@ -52,6 +52,13 @@ def settled(service: Service, results: Iterable[Settled]) -> None:
             _say_parked(service, result, result.aside)
 
 
+def _why(aside: Aside) -> str:
+    """What a log may say: of an exception its class and its place; its text, which may hold payload, for `Retry` alone."""
+    if aside.reason is Reason.LATER:
+        return f"{aside.reason}: {aside.error}"
+    return f"{aside.reason}: {aside.place}" if aside.place else aside.reason.value
+
+
 def _say_parked(service: Service, result: Settled, aside: Aside) -> None:
     arrival = result.arrival
     source, message_id = arrival.identity
@@ -61,7 +68,7 @@ def _say_parked(service: Service, result: Settled, aside: Aside) -> None:
         log,
         logging.WARNING,
         "consumer.parked",
-        f"message {message_id} was parked ({aside.reason}){held}: {show}",
+        f"message {message_id} was parked ({_why(aside)}){held}: {show}",
         service=service.name,
         topic=arrival.topic,
         source=source,

@@ -102,14 +102,14 @@ class Runtime:
         self._waiting = Waiting(self._expected_seconds)
         self._watch = Watch(service)
         self._pause = Pause(service.name, policy, self._stopping, self._rng)
-        turnstile = Turnstile()
+        turnstile = self._turnstile = Turnstile()
         # SQLite has one writer: more workers would only wait for each other's lock, in ever longer naps.
         workers = 1 if engine.dialect.name == "sqlite" else settings.consumer_workers
         batch = service.batch or settings.consumer_batch
         # What one worker takes no other has: of a small prefetch each gets its share.
         share = max(1, settings.consumer_prefetch // workers)
         attempts = [self._attempts(number, policy) for number in range(workers + 1)]
-        self._pool = Pool(attempts[:workers], self._waiting, turnstile, batch=min(batch, share), wake=self._wake)
+        self._pool = Pool(attempts[:workers], self._waiting, batch=min(batch, share), wake=self._wake)
         self._redriver = Redriver(attempts[workers], turnstile, self._stopping, batch=batch)
         self._upkeep = Upkeep(service, engine, retention_seconds=settings.inbox_retention_seconds)
         self._backgrounds = [background.Worker(service.name, each, engine) for each in service.backgrounds]
@@ -119,7 +119,7 @@ class Runtime:
         return 0.0 if handler is None else handler.calls.expected_seconds()
 
     def _attempts(self, number: int, policy: Policy) -> Attempts:
-        return Attempts(Deliveries(self._service, self._engine, number), policy, self._pause, self._rng)
+        return Attempts(Deliveries(self._service, self._engine, number), policy, self._pause, self._rng, self._turnstile)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 

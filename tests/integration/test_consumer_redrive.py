@@ -286,7 +286,8 @@ def test_a_discard_during_the_replay_of_a_message_does_not_claim_what_was_applie
 
 def test_parked_messages_are_listed_by_state_reason_topic_and_key(engine: Engine) -> None:
     place = Place(engine, before=failing_on(1))
-    place.arrive(*series("a", 3), b"garbage", message(1, key="b", sequence=1, topic="room.modified"))
+    place.arrive(*series("a", 3))
+    place.arrive(b"garbage", message(1, key="b", sequence=1, topic="room.modified"))
     service = place.recorder.service
 
     def listed(**which: Any) -> list[int | None]:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import random
 import threading
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from psycopg import errors
 from sqlalchemy.exc import ProgrammingError
 
 from outbox.backoff import Backoff
-from outbox.consumer import Reject, Retry, attempts
+from outbox.consumer import Reject, Retry, Service, attempts
 from outbox.consumer.arrival import Arrival, read
 from outbox.consumer.attempts import Attempts, Pause, Policy, Stopping, Turnstile
 from outbox.consumer.delivery import Settled
 from outbox.consumer.outcomes import Incomplete, Outcome
 from outbox.consumer.tables import Reason
-from outbox.consumer.transaction import Transient
+from outbox.consumer.transaction import Conflict, Transient
 from outbox.message import cloud_event
-from tests.consuming import message
+from tests.consuming import TOPIC, message
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
@@ -45,10 +47,16 @@ class Script:
     batches: list[list[int]] = field(default_factory=list)
     asides: dict[int, Aside] = field(default_factory=dict)
     begun: list[str] = field(default_factory=list)
+    #: Whether a new connection can be made.
+    works: bool = True
+    service: Service = field(default_factory=lambda: Service("exports"))
     worker: int = 0
 
     def clock(self) -> datetime:
         return NOW
+
+    def database_works(self) -> bool:
+        return self.works
 
     def settle(self, batch: Sequence[Arrival], aside: Mapping[Arrival, Aside] | None = None) -> list[Settled]:
         numbers = [number(each) for each in batch]
@@ -78,9 +86,9 @@ def number(arrival: Arrival) -> int:
     return int(arrival.message.data["number"])
 
 
-def arrivals(*numbers: int, returns: int = 0) -> list[Arrival]:
+def arrivals(*numbers: int, returns: int = 0, key: str | None = None) -> list[Arrival]:
     headers = {"x-delivery-count": returns}
-    return [read(cloud_event(message(each)), headers=headers, redelivered=returns > 0) for each in numbers]
+    return [read(cloud_event(message(each, key=key)), headers=headers, redelivered=returns > 0) for each in numbers]
 
 
 class Bench:
@@ -88,7 +96,8 @@ class Bench:
         self.script = script
         self.stopping = threading.Event()
         self.pause = Pause("exports", policy, self.stopping, random.Random(1))
-        self.attempts = Attempts(script, policy, self.pause, random.Random(1))  # type: ignore[arg-type]
+        self.turnstile = Turnstile()
+        self.attempts = Attempts(script, policy, self.pause, random.Random(1), self.turnstile)  # type: ignore[arg-type]
         self.done: list[tuple[int, Outcome]] = []
 
     def settle(self, batch: Sequence[Arrival]) -> None:
@@ -146,20 +155,153 @@ def test_what_is_not_the_messages_fault_costs_no_attempt(error: Exception) -> No
     assert len(bench.script.batches) == 21
 
 
-def test_a_handler_that_asks_to_wait_again_and_again_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_message_that_has_to_wait_again_and_again_is_said_once_and_for_what(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", attempts.__name__)
-    bench = Bench(Script(failures={1: [Retry(reason="secret")] * 4, 2: [Retry(reason="secret")] * 12}))
+    bench = Bench(Script(failures={1: [Retry(reason="mail server")] * 4, 2: [Retry(reason="mail server says 452")] * 12}))
     bench.settle(arrivals(1))
     assert caplog.messages == []
-    bench.settle(arrivals(2))
-    assert [record.outbox_event for record in caplog.records] == ["consumer.waiting"]  # type: ignore[attr-defined]
-    assert "secret" not in caplog.text
+    (two,) = arrivals(2)
+    bench.settle([two])
+    (record,) = caplog.records
+    assert record.outbox_event == "consumer.waiting"  # type: ignore[attr-defined]
+    assert record.outbox_fields == {"service": "exports", "topic": TOPIC, "key": None}  # type: ignore[attr-defined]
+    assert two.identity[1] in record.getMessage()
+    assert "mail server says 452" in record.getMessage()
 
 
 def test_a_database_that_is_away_is_waited_for_with_the_whole_batch() -> None:
     bench = Bench(Script(failures={1: [Transient("gone"), Transient("gone")]}))
     bench.settle(arrivals(1, 2))
     assert bench.script.batches == [[1, 2], [1, 2], [1, 2]]
+
+
+def test_while_a_message_waits_only_the_later_ones_of_its_key_wait_with_it() -> None:
+    bench = Bench(Script(failures={1: [ValueError(), Retry(after=0.5)]}))
+    bench.settle([*arrivals(1, 2, key="a"), *arrivals(3, key="b"), *arrivals(4)])
+    assert bench.script.batches == [[1, 2, 3, 4], [1], [3], [4], [1], [2]]
+    assert [each for each, _ in bench.done] == [3, 4, 1, 2]
+
+
+def test_a_retry_that_takes_no_time_is_not_asked_as_fast_as_the_processor_allows() -> None:
+    policy = replace(POLICY, between_attempts=Backoff(0.01, 5.0), in_hand_seconds=0.05)
+    bench = Bench(Script(failures={1: [Retry(after=0)] * 1000}), policy)
+    bench.settle(arrivals(1))
+    assert len(bench.script.batches) < 8
+    assert bench.script.asides[1].reason is Reason.LATER
+
+
+def test_a_retry_that_does_not_pass_is_set_aside_so_that_a_worker_is_free() -> None:
+    bench = Bench(Script(failures={1: [Retry(reason="mail server")] * 9}), replace(POLICY, in_hand_seconds=-1.0))
+    bench.settle(arrivals(1))
+    aside = bench.script.asides[1]
+    assert (aside.reason, aside.due_at, aside.attempts) == (Reason.LATER, NOW, 0)
+    assert "mail server" in aside.error
+
+
+@pytest.mark.parametrize("everybody", [True, False])
+def test_who_asks_to_wait_for_longer_than_the_policy_allows_is_parked_for_a_person(everybody: bool) -> None:
+    error = Retry(reason="mail server", everybody=everybody)
+    bench = Bench(Script(failures={1: [error] * 99}), replace(POLICY, patience_seconds=0.0))
+    bench.settle(arrivals(1))
+    aside = bench.script.asides[1]
+    assert (aside.reason, aside.due_at) == (Reason.FAILED, None)
+    assert "mail server" in aside.error
+
+
+def test_a_handler_may_say_that_everybody_waits() -> None:
+    bench = Bench(Script(failures={1: [Retry(after=0.2, everybody=True)]}))
+    thread = threading.Thread(target=lambda: bench.settle(arrivals(1)), daemon=True)
+    thread.start()
+    eventually(lambda: bench.pause._until > time.monotonic())
+    bench.pause.wait()
+    thread.join(5)
+    assert bench.done == [(1, Outcome.APPLIED)]
+
+
+# --- whose trouble it is -----------------------------------------------------------------------------------------------
+
+DEADLOCK = Conflict("deadlock", handled=True)
+DIED = Transient("its connection died", handled=True, lost=True)
+FULL = Transient("no room", handled=True)
+
+
+@pytest.mark.parametrize("error", [DEADLOCK, DIED], ids=["conflict", "lost"])
+def test_a_message_that_brings_about_its_own_trouble_is_parked_and_everybody_else_applied(error: Exception) -> None:
+    bench = Bench(Script(failures={2: [error] * 99}))
+    bench.settle(arrivals(1, 2, 3))
+    assert sorted(bench.done) == [(1, Outcome.APPLIED), (2, Outcome.PARKED), (3, Outcome.APPLIED)]
+    assert bench.script.asides[2].reason is Reason.FAILED
+    assert bench.pause.problem == ""
+
+
+def test_a_connection_that_dies_while_no_other_can_be_made_is_nobodys_fault() -> None:
+    bench = Bench(Script(failures={1: [DIED] * 20}, works=False))
+    bench.settle(arrivals(1, 2))
+    assert bench.script.batches == [[1, 2]] * 21
+
+
+def test_a_lack_of_room_is_the_messages_only_while_others_get_something_done() -> None:
+    alone = Bench(Script(failures={1: [FULL] * 20}))
+    alone.settle(arrivals(1))
+    assert alone.done == [(1, Outcome.APPLIED)]
+    impatient = Bench(Script(failures={1: [FULL] * 20}), replace(POLICY, in_hand_seconds=-1.0))
+    impatient.settle(arrivals(1))
+    assert impatient.script.asides[1].reason is Reason.LATER  # no worker is kept from others' messages
+
+    class Busy(Script):
+        def database_works(self) -> bool:
+            bench.pause.over()  # a neighbour commits
+            return True
+
+    bench = Bench(Busy(failures={1: [FULL] * 20}))
+    bench.settle(arrivals(1))
+    assert bench.done == [(1, Outcome.PARKED)]
+
+
+def test_a_lock_that_another_process_holds_makes_only_those_wait_who_need_it() -> None:
+    policy = replace(POLICY, without_database=Backoff(0.5, 0.5))
+    bench = Bench(Script(failures={1: [Conflict("lock timeout")] * 2}), policy)
+    bench.settle(arrivals(1, 2))
+    assert bench.script.batches[:3] == [[1, 2], [1], [2]]
+    assert bench.done == [(2, Outcome.APPLIED), (1, Outcome.APPLIED)]
+
+
+def test_what_met_a_conflict_is_repeated_when_nobody_else_is_at_work() -> None:
+    bench = Bench(Script(failures={1: [DEADLOCK]}))
+    thread = threading.Thread(target=lambda: bench.settle(arrivals(1, 2)), daemon=True)
+    with bench.turnstile.shared():
+        thread.start()
+        eventually(lambda: bench.script.batches)
+        thread.join(0.05)
+        assert bench.script.batches == [[1, 2]]
+    thread.join(5)
+    assert bench.script.batches == [[1, 2]] * 2
+
+
+def test_when_conflicts_recur_work_is_done_one_after_the_other_for_a_while() -> None:
+    turnstile, second_in = Turnstile(), threading.Event()
+
+    def second() -> None:
+        with turnstile.side_by_side():
+            second_in.set()
+
+    turnstile.conflict()
+    with turnstile.side_by_side(), turnstile.side_by_side():
+        """One conflict is everyday life: they are still beside each other."""
+    turnstile.conflict()
+    with turnstile.side_by_side():
+        thread = threading.Thread(target=second, daemon=True)
+        thread.start()
+        assert not second_in.wait(0.05)
+    assert second_in.wait(5)
+
+
+def test_who_stays_inside_for_long_does_not_keep_out_those_behind_one_who_wants_to_be_alone() -> None:
+    turnstile = Turnstile()
+    with turnstile.shared(), turnstile.alone(0.01), turnstile.shared():
+        pass
+    with turnstile.alone(0.01):  # and they are all out again
+        pass
 
 
 def test_a_long_retry_is_set_aside_until_then_without_an_attempt() -> None:
@@ -191,7 +333,8 @@ def test_a_rejected_message_holds_its_key_unless_the_handler_says_otherwise() ->
 
 
 def test_parking_is_tried_until_the_database_takes_it() -> None:
-    script = Script(failures={1: [Reject("x")]}, parking=[Transient("gone"), PermissionError("no INSERT"), Transient("gone")])
+    no_right = ProgrammingError("INSERT", {}, errors.InsufficientPrivilege("permission denied for table consumer_parked"))
+    script = Script(failures={1: [Reject("x")]}, parking=[Transient("gone"), no_right, Transient("gone")])
     bench = Bench(script)
     bench.settle(arrivals(1))
     assert bench.done == [(1, Outcome.PARKED)]
@@ -234,11 +377,24 @@ FOR_EVER = Backoff(3600.0, 3600.0)
 
 @pytest.mark.parametrize(
     "failure",
-    [Transient("gone"), Retry(), Retry(after=60), ValueError("between attempts")],
+    [
+        Transient("gone"),
+        Transient("its connection died", handled=True, lost=True),
+        Retry(),
+        Retry(after=60),
+        Retry(everybody=True),
+        ValueError("between attempts"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_a_stop_ends_any_wait_and_leaves_the_message_to_the_broker(failure: Exception) -> None:
-    policy = Policy(max_attempts=3, between_attempts=FOR_EVER, without_database=FOR_EVER, when_asked=FOR_EVER)
+    policy = Policy(
+        max_attempts=3,
+        between_attempts=FOR_EVER,
+        without_database=FOR_EVER,
+        when_asked=FOR_EVER,
+        in_hand_seconds=float("inf"),
+    )
     bench = Bench(Script(failures={1: [failure]}), policy)
     ended: list[Any] = []
 
@@ -260,8 +416,8 @@ def test_a_stop_ends_any_wait_and_leaves_the_message_to_the_broker(failure: Exce
 def test_a_pause_holds_everybody_and_a_later_one_does_not_shorten_it() -> None:
     stopping = threading.Event()
     pause = Pause("exports", POLICY, stopping, random.Random(1))
-    pause.asked_for(3600)
-    pause.asked_for(0)
+    pause.everybody(3600)
+    pause.everybody(0)
     passed = threading.Event()
 
     def wait() -> None:
