@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+#: What `pip install` takes; the package that it brings is `outbox`.
+DISTRIBUTION = "outbox"
+#: The extra that brings a module.
+_EXTRAS = {
+    "pika": "rabbitmq",
+    "kombu": "rabbitmq",
+    "amqp": "rabbitmq",
+    "psycopg": "postgres",
+    "pymysql": "mysql",
+    "prometheus_client": "metrics",
+    "opentelemetry": "otel",
+}
+
+
+def install(extra: str) -> str:
+    """Return what to type for *extra*."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
+
+def missing(error: ImportError) -> str | None:
+    """Return what to install for a module that is not there; None for one that none of our extras brings."""
+    module = (error.name or "").partition(".")[0]
+    return f"{module} is not installed: {install(_EXTRAS[module])}" if module in _EXTRAS else None
+
 
 class OutboxError(Exception):
     """The root of all errors of this library."""

@@ -29,7 +29,7 @@ from outbox.message import check_name
 log = logging.getLogger(__name__)
 
 #: Names of ours that no process takes as a setting: they are read by commands before settings exist.
-OTHER_NAMES = frozenset({"OUTBOX_FAILPOINTS"})
+OTHER_NAMES = frozenset({"OUTBOX_FAILPOINTS", "OUTBOX_DEBUG"})
 _PREFIXES = ("OUTBOX_", "CONSUMER_")
 #: Ten years: clocks and calendars can count with it.
 _LONGEST_SECONDS = duration.parse("3650d")

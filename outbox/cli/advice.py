@@ -33,7 +33,9 @@ def advice(overview: Overview) -> str | None:
         return _no_relay(overview)
     if not relay.broker_connected:
         why = f": {relay.broker_detail}" if relay.broker_detail else ""
-        return f"the broker is not connected{why}; nothing is lost, the relay goes on by itself once it is: outbox doctor"
+        # A running relay has read its settings: another user or password in BROKER_URL is for the next one.
+        end = "; after a change of BROKER_URL start it again" if "BROKER_URL" in why else ""
+        return f"the broker is not connected{why}; nothing is lost, the relay goes on by itself once it is{end}: outbox doctor"
     if relay.broker_blocked:
         why = f" ({relay.broker_detail})" if relay.broker_detail else ""
         return f"the broker takes no messages{why}; free memory or disk there, the relay goes on by itself"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+import traceback
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from outbox.errors import ConfigurationError, OutboxError, Unavailable
+from outbox.errors import ConfigurationError, OutboxError, Unavailable, missing
 
 if TYPE_CHECKING:
     from sqlalchemy.exc import SQLAlchemyError
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
 #: Exit codes; 0 is fine, 1 failed, and 2 (wrong usage) is click's own.
 THRESHOLD = 3
 TRY_LATER = 75
+#: The environment variable that lets a mistake of the program end with its traceback.
+DEBUG = "OUTBOX_DEBUG"
 
 #: Who keeps others waiting in PostgreSQL.
 _BLOCKERS = (
@@ -40,18 +46,42 @@ class TryLater(Failure):
 class Group(click.Group):
     """A group whose commands end with a clear text instead of a traceback, also as `flask outbox`."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Begin; from here on a terminal that lacks a character shows another one instead."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="replace")
+        return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; translate what it raised."""
         try:
             return super().invoke(ctx)
         except OutboxError as error:
             raise _failure(error) from error
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):  # click's own affairs
+            raise
         except Exception as error:
-            # Only where SQLAlchemy was loaded can its errors have been raised; `outbox --help` never loads it.
-            database_error = getattr(sys.modules.get("sqlalchemy.exc"), "SQLAlchemyError", None)
-            if database_error is None or not isinstance(error, database_error):
+            if os.environ.get(DEBUG):
                 raise
-            raise _failure(database_failure("the database", error)) from error
+            raise _failure(_meaning(error)) from error
+
+
+def _meaning(error: Exception) -> OutboxError:
+    """Return what an exception that nobody expected means to the person at the keyboard."""
+    # Only where SQLAlchemy was loaded can its errors have been raised; `outbox --help` never loads it.
+    database_error = getattr(sys.modules.get("sqlalchemy.exc"), "SQLAlchemyError", None)
+    if database_error is not None and isinstance(error, database_error):
+        return database_failure("the database", error)
+    if isinstance(error, ImportError) and (fix := missing(error)):
+        return ConfigurationError(fix)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    # Not its text: that may hold what a message says.
+    return OutboxError(
+        f"{type(error).__name__} at {place}: a mistake in this program, please report it; "
+        f"{DEBUG}=1 shows the traceback, which may hold data"
+    )
 
 
 def _failure(error: OutboxError) -> Failure:

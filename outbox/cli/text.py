@@ -45,7 +45,9 @@ def say(text: str = "", *, error: bool = False, newline: bool = True) -> None:
 def say_json(value: Any, *, line: bool = False) -> None:
     """Print *value* as JSON, indented, or on one *line*."""
     with _written():
-        click.echo(json.dumps(value, ensure_ascii=False, indent=None if line else 2, default=_plain))
+        # Where a letter can't be written it is escaped: a machine reads the same.
+        plain = not (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+        click.echo(json.dumps(value, ensure_ascii=plain, indent=None if line else 2, default=_plain))
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from outbox.errors import ConfigurationError
+from outbox.errors import ConfigurationError, install
 
 try:
     from amqp.exceptions import AccessRefused, AMQPError, ConsumerCancelled, NotAllowed, NotFound, PreconditionFailed
 except ImportError as error:
     raise ConfigurationError(
-        "running services needs kombu, for the embedded broker too; install it: pip install 'outbox[rabbitmq]'"
+        f"running services needs kombu, for the embedded broker too; install it: {install('rabbitmq')}"
     ) from error
 
 __all__ = ["AMQPError", "AccessRefused", "ConsumerCancelled", "NotAllowed", "NotFound", "PreconditionFailed"]

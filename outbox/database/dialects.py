@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sqlalchemy import event
 
 from outbox.database.errors import Meaning, meaning
-from outbox.errors import ConfigurationError
+from outbox.errors import ConfigurationError, install
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,7 +103,7 @@ class PostgreSQL(Server):
     """PostgreSQL through psycopg or psycopg2; an application's own engine may use asyncpg."""
 
     drivers: ClassVar = MappingProxyType({"psycopg": False, "psycopg2": False, "asyncpg": True})
-    fix: ClassVar = "use postgresql+psycopg:// and pip install 'outbox[postgres]'"
+    fix: ClassVar = f"use postgresql+psycopg:// and {install('postgres')}"
 
     #: A connection that hears nothing for so long is dead: 5 + 3 x 5 s for an answer that never comes, 15 s for what was
     #: sent and is not acknowledged. The kernel's own answer would be two hours.
@@ -157,7 +157,7 @@ class MySQL(Server):
     """MySQL and MariaDB: engines can be made, the outbox can't be kept there yet."""
 
     drivers: ClassVar = MappingProxyType({"pymysql": False, "mysqldb": False, "aiomysql": True, "asyncmy": True})
-    fix: ClassVar = "use mysql+pymysql:// and pip install 'outbox[mysql]'"
+    fix: ClassVar = f"use mysql+pymysql:// and {install('mysql')}"
 
     def complete(self, url: URL, options: dict[str, Any]) -> URL:
         options["connect_args"] = {"connect_timeout": 10, **options.get("connect_args", {})}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from outbox.errors import ConfigurationError, missing
+
 if TYPE_CHECKING:
     from outbox.relay.broker import Broker
     from outbox.settings import Settings
@@ -17,6 +19,10 @@ def open_broker(settings: Settings) -> Broker:
         from outbox.relay.embedded import EmbeddedBroker
 
         return EmbeddedBroker(url, exchange=settings.exchange)
-    from outbox.relay.rabbitmq import RabbitBroker
-
+    try:
+        from outbox.relay.rabbitmq import RabbitBroker
+    except ImportError as error:
+        if (fix := missing(error)) is None:
+            raise
+        raise ConfigurationError(f"BROKER_URL names RabbitMQ, and {fix}") from error
     return RabbitBroker(url, exchange=settings.exchange, confirm_timeout_seconds=settings.confirm_timeout_seconds)

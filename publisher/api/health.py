@@ -5,6 +5,7 @@ from __future__ import annotations
 from flask import Blueprint, Response, current_app, jsonify
 
 from outbox import SchemaError, metrics
+from outbox.errors import install
 from publisher import database, migrations
 from publisher.api.problems import Problem
 
@@ -32,6 +33,6 @@ def measurements() -> Response:
     """Return this process's metrics in Prometheus' text format."""
     rendered = metrics.render()
     if rendered is None:
-        raise Problem(501, "no-metrics", "install outbox[metrics]")
+        raise Problem(501, "no-metrics", install("metrics"))
     text, content_type = rendered
     return Response(text, content_type=content_type)
