@@ -65,7 +65,7 @@ def test_metrics_are_in_the_exposition_format() -> None:
 def test_without_prometheus_client_metrics_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_prometheus", None)
     with _serving() as port:
-        assert _get(port, "/metrics")[::2] == (501, b"install outbox[metrics]\n")
+        assert _get(port, "/metrics")[::2] == (501, b"pip install 'outbox[metrics]'\n")
 
 
 def test_any_other_path_lists_the_three() -> None:
@@ -109,3 +109,83 @@ def test_a_client_that_hangs_up_is_nothing_to_talk_about(capfd: pytest.CaptureFi
 
 def _answering() -> bool:
     return any("process_request" in thread.name for thread in threading.enumerate())
+
+
+# --- whoever can reach it ------------------------------------------------------------------------------------------------
+
+
+def _connected(port: int, count: int) -> list[socket.socket]:
+    return [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(count)]
+
+
+def test_of_many_clients_that_say_nothing_few_are_kept_and_the_others_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outbox.http._REQUEST_SECONDS", 60.0)
+    with _serving() as port:
+        clients = _connected(port, 40)
+        assert clients[-1].recv(1) == b""
+        assert sum("process_request" in thread.name for thread in threading.enumerate()) == 16
+        for client in clients:
+            client.close()
+        eventually(lambda: _get_or_none(port) == 200, what="a place to be free again")
+
+
+def _get_or_none(port: int) -> int | None:
+    try:
+        return _get(port, "/livez")[0]
+    except OSError:
+        return None
+
+
+def test_a_client_that_sends_a_byte_now_and_then_has_one_deadline_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outbox.http._REQUEST_SECONDS", 0.5)
+    with _serving() as port:
+        (client,) = _connected(port, 1)
+
+        def send_a_byte() -> bool:
+            try:
+                client.sendall(b"G")
+            except OSError:
+                return True
+            return False
+
+        eventually(send_a_byte, what="the connection to be closed", interval=0.1)
+
+
+def test_after_a_failed_accept_there_is_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+
+    def fail(_: object) -> None:
+        attempts.append(1)
+        raise OSError(24, "Too many open files")
+
+    with _serving() as port:
+        monkeypatch.setattr("socketserver.TCPServer.get_request", fail)
+        (client,) = _connected(port, 1)  # it stands in the queue: the listener is readable all the time
+        eventually(lambda: len(attempts) >= 3, what="three attempts")
+        assert len(attempts) < 20  # it would be thousands
+        monkeypatch.undo()
+        assert _get(port, "/livez")[0] == 200
+        client.close()
+
+
+def test_head_answers_as_get_without_a_body_and_no_version_is_told() -> None:
+    with _serving() as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("HEAD", "/livez")
+        response = connection.getresponse()
+        assert (response.status, response.read(), response.headers["Server"]) == (200, b"", "outbox")
+        assert int(response.headers["Content-Length"]) > 0
+        connection.close()
+
+
+def test_an_address_may_be_one_of_ipv6() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    server = Server("[::1]:0", live=_fine, ready=_fine)
+    server.start()
+    with socket.create_connection(("::1", server.port), timeout=10) as client:
+        client.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.0 200")
+    server.stop()
