@@ -77,7 +77,8 @@ def test_waiting_without_a_relay_says_to_start_one() -> None:
         ({"broker_connected": False}, "the broker is not connected; nothing is lost"),
         (
             {"broker_connected": False, "broker_detail": "refused the login; correct the user and password in BROKER_URL"},
-            "goes on by itself once it is; after a change of BROKER_URL start it again: outbox doctor",
+            "the broker is not connected: refused the login; correct the user and password in BROKER_URL; nothing is lost, the "
+            "relay goes on by itself once it is; after a change of BROKER_URL start it again: outbox doctor",
         ),
         (
             {"broker_blocked": True, "broker_detail": "low on memory"},
