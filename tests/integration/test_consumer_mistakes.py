@@ -7,6 +7,8 @@ import random
 import sqlite3
 import tempfile
 import threading
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -14,9 +16,10 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from outbox.consumer import tables
+from outbox.consumer import tables, telemetry
 from outbox.consumer.attempts import Attempts, Pause
 from outbox.consumer.outcomes import HandlerMistake
+from outbox.consumer.parking import Aside
 from outbox.consumer.tables import Reason
 from outbox.database import create_engine
 from tests.consuming import QUICK, Stage, arrival, message, rows, series
@@ -328,3 +331,35 @@ def test_a_key_that_the_database_has_no_letters_for_is_parked_under_a_digest(pos
         engine.dispose()
         with anywhere.connect() as connection:
             connection.execute(sa.text(f"DROP DATABASE {name}"))
+
+
+def test_an_error_of_another_database_is_the_handlers_own(stage: Stage) -> None:
+    stage.recorder.before = lambda _message, session: another_file_is_locked(session)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):  # and not that ours is in trouble
+        stage.settle(message(1))
+
+
+def test_who_asks_again_and_again_for_a_later_time_waits_longer_and_then_for_a_person(stage: Stage) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    asked = Aside(Reason.LATER, "mail server", due_at=now + timedelta(seconds=1))
+    waits = [
+        asked.after(SimpleNamespace(waiting_since=now - timedelta(minutes=minutes)), now)  # type: ignore[arg-type]
+        for minutes in (0, 4, 59, 61)
+    ]
+    assert [wait.due_at and (wait.due_at - now).total_seconds() for wait in waits] == [1.0, 60.0, 300.0, None]
+    assert [wait.reason for wait in waits] == [Reason.LATER] * 3 + [Reason.FAILED]
+    nightly = dataclasses.replace(asked, due_at=now + timedelta(hours=8))
+    before = SimpleNamespace(waiting_since=now - timedelta(hours=24))
+    assert nightly.after(before, now).reason is Reason.LATER  # type: ignore[arg-type]
+
+
+def test_the_log_of_a_parked_message_says_the_class_and_the_place_and_no_payload(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage.recorder.before = lambda received, _session: int(f"secret {received.data}")
+    rng = random.Random(1)
+    attempts = Attempts(stage.deliveries, QUICK, Pause("exports", QUICK, threading.Event(), rng), rng)
+    attempts.settle([arrival(message(1))], lambda results: telemetry.settled(stage.recorder.service, results))
+    assert "parked (failed: ValueError at " in caplog.text
+    assert "test_consumer_mistakes.py" in caplog.text
+    assert "secret" not in caplog.text
