@@ -79,6 +79,11 @@ Bytes = sa.LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
 
 metadata = sa.MetaData()
 
+
+def _partial(name: str, *columns: str, where: str) -> sa.Index:
+    return sa.Index(name, *columns, postgresql_where=sa.text(where), sqlite_where=sa.text(where))
+
+
 message = sa.Table(
     "outbox_message",
     metadata,
@@ -112,15 +117,12 @@ pending = sa.Table(
     sa.Column("unheard", sa.String(4), nullable=False, server_default="hold"),  # `drop`: nobody listening is fine
     sa.Column("error", sa.Text),
     sa.Index("outbox_pending_message_row", "message_row"),
-    sa.Index("outbox_pending_key", "key", "sequence"),
-    # Small by nature: rows that wait for something. Finding what holds a key must not cost a look at the backlog.
-    sa.Index(
-        "outbox_pending_holding",
-        "key",
-        "id",
-        postgresql_where=sa.text("state <> 'pending'"),
-        sqlite_where=sa.text("state <> 'pending'"),
-    ),
+    # By topic, so that the first message of each topic of a key is found without a look at what waits behind it.
+    _partial("outbox_pending_key", "key", "topic", "sequence", where="key IS NOT NULL AND state <> 'discarded'"),
+    # Small by nature: rows that wait for something. Finding what holds a key must not cost a look at the backlog, nor at what
+    # people discarded.
+    _partial("outbox_pending_holds", "key", "sequence", where="state IN ('retrying', 'unroutable', 'dead')"),
+    _partial("outbox_pending_holding", "key", "id", where="state <> 'pending'"),
     sqlite_autoincrement=True,
 )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from outbox.errors import SchemaError
-from outbox.migrations import m0001_initial, m0002_trouble, shards
+from outbox.migrations import m0001_initial, m0002_trouble, m0003_reads, shards
 from outbox.tables import SHARDS, VERSION_TABLE
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ class History:
     command: str
 
 
-OUTBOX = History(name="outbox", steps=(m0001_initial.upgrade, m0002_trouble.upgrade), command="outbox migrate")
+OUTBOX = History(
+    name="outbox", steps=(m0001_initial.upgrade, m0002_trouble.upgrade, m0003_reads.upgrade), command="outbox migrate"
+)
 
 
 def _version_columns() -> tuple[sa.Column[str], sa.Column[int]]:

@@ -253,8 +253,8 @@ class Relay:
             self._progress_at = self._clock()
         read_at = self.pump.read_due_at
         if read_at is not None and read_at <= now and self._may_read():
-            self.pump.read()
-            self._passes += 1
+            loaded = self.pump.read()
+            self._passes += bool(loaded or not self.pump.reads_on)  # a page of what must wait is no pass
         self.pump.prove()
         self._report(now)
 

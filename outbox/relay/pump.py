@@ -23,7 +23,8 @@ from outbox.relay import telemetry, verdict
 from outbox.relay.answers import Answers
 from outbox.relay.broker import Answer, Cause, Outcome, Outgoing
 from outbox.relay.caution import Caution
-from outbox.relay.lanes import Item, Lanes
+from outbox.relay.item import Item
+from outbox.relay.lanes import Lanes
 from outbox.relay.position import Position
 from outbox.relay.topics import Topics
 from outbox.store import drain, settling
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 
 #: What a message takes in memory and on the wire besides its body, about.
 _ENVELOPE_BYTES = 600
-#: Bytes in flight, bytes of one read, and bytes loaded above which nothing more is read.
+#: Bytes in flight, bytes of one read, and bytes loaded that topics share.
 _WINDOW_BYTES, _READ_BYTES, _LOADED_BYTES = 32 << 20, 8 << 20, 64 << 20
 #: How long a row that was held when it was read may wait to be sent: commands may discard such rows.
 _HELD_SECONDS = 1.0
@@ -88,6 +89,8 @@ class Pump:
         self._relay_id = relay_id
         self._clock = clock
         self._rng = rng or random.Random()  # noqa: S311
+        # Two batches beside the window: while one is read, the other keeps the window of a topic full that is alone.
+        self._capacity = limits.window + 2 * limits.batch_rows
         self._begin()
 
     def _begin(self) -> None:
@@ -95,7 +98,13 @@ class Pump:
         limits, broker = self._limits, self._broker
         rows_per_key = max(1, min(_ROWS_PER_KEY, (limits.window + limits.batch_rows) // 10))
         self.lanes = Lanes(
-            window=limits.window, window_bytes=_WINDOW_BYTES, rows_per_key=rows_per_key, neighbours=broker.whole_batches
+            window=limits.window,
+            window_bytes=_WINDOW_BYTES,
+            rows_per_key=rows_per_key,
+            rows=self._capacity,
+            rows_bytes=_LOADED_BYTES,
+            batch_rows=limits.batch_rows,
+            neighbours=broker.whole_batches,
         )
         self._position = Position()
         self._caution = Caution()
@@ -110,8 +119,12 @@ class Pump:
         self._read_at = 0.0
         self._woken_until = 0.0
         self._flowing_until = 0.0
-        #: Whether the last read from the start found nothing that is not in memory.
+        #: Whether reads from the start to the end found nothing that is not in memory.
         self.exhausted = False
+        #: Whether all pages of the present round of reads from the start were empty, and nothing was settled meanwhile.
+        self._quiet = False
+        #: Whether the last read ended before the rows did.
+        self.reads_on = False
 
     # --- answers ---
 
@@ -208,7 +221,7 @@ class Pump:
         self._receipt = settled.receipt or self._receipt
         tried = {each.id for each in confirmed} | {each.id for each in changes}
         self.lanes.settled(self.answers.settled(tried, settled.locked, now))
-        self.exhausted = False
+        self.exhausted = self._quiet = False
         if settled.strangers:
             self._start_anew(f"{len(settled.strangers)} of its rows are of other messages than before")
         elif self._knows(settled.world) and settled.gone:
@@ -254,13 +267,16 @@ class Pump:
         """When the next read should begin; None while there is no room for more."""
         if not self._room():
             return None
-        return 0.0 if self.lanes.wants_revisit else min(self._read_at, self._position.full_wanted_at)
+        return 0.0 if self.lanes.behind is not None else min(self._read_at, self._position.full_wanted_at)
 
     def _room(self) -> int:
-        """Return how many rows may be read: no sliver of a batch, so that a busy relay reads whole ones."""
-        limits = self._limits
-        room = limits.window + limits.batch_rows - self.lanes.loaded
-        if self.lanes.loaded_bytes > _LOADED_BYTES or room < max(1, limits.batch_rows // 4):
+        """Return how many rows may be read: no sliver of a batch, so that a busy relay reads whole ones.
+
+        What one topic leaves is for the others, and be it a sliver.
+        """
+        limits, lanes = self._limits, self.lanes
+        room = self._capacity - lanes.loaded
+        if lanes.loaded_bytes > _LOADED_BYTES + _READ_BYTES or room < (1 if lanes.crowded else max(1, limits.batch_rows // 4)):
             return 0
         return min(room, limits.batch_rows)
 
@@ -269,18 +285,17 @@ class Pump:
         room, now = self._room(), self._clock()
         if not room:
             return 0
-        after = self._position.next(now, self.lanes.take_revisit())
+        span = self._position.next(now, self.lanes.behind)
+        reading = self.lanes.read_began(span.after)
         closed, unheard = self._topics.closed(now, self.lanes.__contains__)
-        exclude = drain.Exclusions(self.lanes.known(after), self.lanes.saturated(), closed, unheard)
-        settled = self.lanes.read_began()
+        exclude = drain.Exclusions(reading.ids, reading.keys.left_out, reading.topics.left_out, closed, unheard)
         with self._reading.connect() as connection:
             began = self._clock()
-            rows = drain.read(connection, after=after, limit=room, exclude=exclude)
+            rows, end = drain.read(connection, after=span.after, upto=span.upto, limit=room, exclude=exclude)
             ended = self._clock()
             if rows and not self._knows(settling.world(connection, self._relay_id, self._receipt)):
                 return 0
-            self.lanes.read_returned(settled)
-            self._position.returned(after, rows[-1].id if rows else None, began=began, ended=ended)
+            self.lanes.read_returned(reading)
             chosen = self.lanes.choose(rows)
             if self._topics.troubled:
                 chosen = [row for row in chosen if self._topics.admit(row, now)]
@@ -290,9 +305,13 @@ class Pump:
             if self._held_read_at is None and any(_is_held(item.row) for item in loaded):
                 self._held_read_at = ended
         if content.postponed:
-            self._position.stop_before(min(row.id for row in chosen if row.message_row in content.postponed))
-        self.exhausted = after == 0 and not rows and self.lanes.idle
-        self._plan_next_read(now, len(rows), more=len(rows) == room or bool(content.postponed))
+            end = min(row.id for row in chosen if row.message_row in content.postponed) - 1
+        left = self._position.returned(span, rows[-1].id if rows else None, end, began=began, ended=ended)
+        self.lanes.read_ended(reading, left)
+        self._quiet = (self._quiet or span.begins) and not rows
+        self.exhausted = self._quiet and span.sweeps_all and left is None and self.lanes.idle
+        self.reads_on = end is not None
+        self._plan_next_read(now, len(rows))
         failpoints.reached("R1")
         return len(loaded)
 
@@ -316,13 +335,13 @@ class Pump:
             item.problem = str(message) if message is not None else f"its row {row.message_row} of outbox_message is gone"
         return item
 
-    def _plan_next_read(self, began: float, found: int, *, more: bool) -> None:
+    def _plan_next_read(self, began: float, found: int) -> None:
         now = self._clock()
         if found:
             self._flowing_until = now + 1.0
             if now < self._woken_until:
                 self._woken_until = now + self._limits.woken_seconds
-        if more:
+        if self.reads_on:
             self._read_at = now
         elif now < self._woken_until:
             self._read_at = now + max(_WOKEN_READ_SECONDS, now - began)

@@ -1,7 +1,8 @@
 """The statements by which a relay reads: what may be sent, what comes before it, how much waits.
 
 Reading takes no lock and writes nothing: a relay reads the rows of shards it leases. Holds, rows not yet due and rows the
-relay already has in memory are excluded in the statement, before LIMIT, so that nothing that must wait can fill a batch.
+relay already has in memory are excluded in the statement, before LIMIT, so that nothing that must wait can fill a batch. A
+read looks at a bounded number of rows, however few of them may go, and says where the next one begins.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from outbox.message import Message
 from outbox.store.clock import clock, now
 from outbox.store.lists import among as _among
 from outbox.store.lists import as_list as _list
+from outbox.store.lists import outside as _outside
 from outbox.tables import HOLDING, State, Timestamp, message, pending
 
 if TYPE_CHECKING:
@@ -50,10 +52,11 @@ class Exclusions:
     """What a read leaves out, because the relay has it in memory or must not send it now."""
 
     ids: Collection[int] = ()
-    #: Keys of which enough rows are in memory.
+    #: Keys and topics of which enough rows are in memory.
     keys: Collection[str] = ()
-    #: Topics that are asked with one message at a time, and whose turn it is not.
     topics: Collection[str] = ()
+    #: Topics that are asked with one message at a time, and whose turn it is not. Later messages of their keys wait.
+    closed_topics: Collection[str] = ()
     #: Topics of which rows in the state `unroutable` are left out: nobody listened a moment ago.
     unheard_topics: Collection[str] = ()
 
@@ -66,69 +69,125 @@ def _literal(state: State) -> sa.ColumnElement[str]:
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 
+#: How many rows a read looks at, at most: some milliseconds where every one of them must wait.
+SCANNED = 2_000
+
+
+class Page(NamedTuple):
+    """What a read brought."""
+
+    rows: list[Row]
+    #: The id up to which everything was looked at; None where there was no more.
+    end: int | None
+
+
 @cache
-def _waiting(dialect: str) -> sa.Select[Any]:
-    row, hold = pending.alias("p"), pending.alias("h")
-    # Not EXISTS: PostgreSQL would make a join of it, and choose one by how many holds there were when it last counted.
-    # IS NOT TRUE: it takes that to be half of the rows, and IS NULL to be so rare that it compiles the statement first.
-    held = (
-        sa.select(sa.true())
-        .where(
-            hold.c.key == row.c.key,
-            # Plus 0: or SQLite takes the index by sequence, and walks all earlier rows of a hot key for each of its rows.
-            hold.c.sequence + sa.literal_column("0") < row.c.sequence,
-            hold.c.state != _literal(State.PENDING),
-            _holds(hold, row),
+def _waiting(dialect: str, *, bounded: bool, closed: bool) -> sa.Select[Any]:
+    row = pending.alias("r")
+    ids = [row.c.id > sa.bindparam("after", type_=sa.BigInteger())]
+    if bounded:  # else left out: with two bounds PostgreSQL expects few rows, and may sort all that wait
+        ids.append(row.c.id <= sa.bindparam("upto", type_=sa.BigInteger()))
+    scanned = (
+        sa.select(
+            *(row.c[name] for name in Row._fields),
+            row.c.available_at,
+            sa.func.row_number().over(order_by=row.c.id).label("number"),
         )
-        .limit(sa.literal_column("1"))
-        .scalar_subquery()
+        .where(*ids)
+        .order_by(row.c.id)
+        .limit(sa.bindparam("scanned", type_=sa.Integer()))
+        .subquery("p")
     )
     due = sa.func.now(type_=Timestamp()) if dialect == "postgresql" else now(dialect)
+    may_go = [
+        scanned.c.state.in_([_literal(state) for state in (State.PENDING, State.RETRYING, State.UNROUTABLE)]),
+        scanned.c.available_at <= due,
+        _outside(scanned.c.id, "ids", sa.BigInteger(), dialect),
+        sa.or_(scanned.c.key.is_(None), _outside(scanned.c.key, "keys", sa.Text(), dialect)),
+        _outside(scanned.c.topic, "topics", sa.Text(), dialect),
+        sa.or_(scanned.c.state != _literal(State.UNROUTABLE), _outside(scanned.c.topic, "unheard_topics", sa.Text(), dialect)),
+        # IS NOT TRUE: PostgreSQL takes that to be half of the rows, and IS NULL so rare that it compiles the statement first.
+        _held(scanned).is_not(sa.true()),
+    ]
+    if closed:
+        may_go.append(_outside(scanned.c.topic, "closed", sa.Text(), dialect))
+        may_go.append(_behind_closed(scanned, dialect).is_not(sa.true()))
     return (
-        sa.select(*(row.c[name] for name in Row._fields))
-        .where(
-            row.c.id > sa.bindparam("after", type_=sa.BigInteger()),
-            row.c.state.in_([_literal(state) for state in (State.PENDING, State.RETRYING, State.UNROUTABLE)]),
-            row.c.available_at <= due,
-            sa.not_(_among(row.c.id, "ids", sa.BigInteger(), dialect)),
-            sa.or_(row.c.key.is_(None), sa.not_(_among(row.c.key, "keys", sa.Text(), dialect))),
-            sa.not_(_among(row.c.topic, "topics", sa.Text(), dialect)),
-            sa.or_(
-                row.c.state != _literal(State.UNROUTABLE),
-                sa.not_(_among(row.c.topic, "unheard_topics", sa.Text(), dialect)),
-            ),
-            held.is_not(sa.true()),
-        )
-        .order_by(row.c.id)
+        sa.select(*(scanned.c[name] for name in Row._fields), scanned.c.number)
+        # The last row of a full page comes whatever it is: it says where the next page begins.
+        .where(sa.or_(scanned.c.number == sa.bindparam("scanned", type_=sa.Integer()), sa.and_(*may_go)))
+        .order_by(scanned.c.id)
         .limit(sa.bindparam("limit", type_=sa.Integer()))
     )
 
 
-def _holds(earlier: sa.FromClause, later: sa.FromClause) -> sa.ColumnElement[bool]:
-    always = [_literal(state) for state in HOLDING if state is not State.UNROUTABLE]
-    return sa.or_(
-        earlier.c.state.in_(always),
-        # No queue is bound to that topic, so no queue could see the order with other topics.
-        sa.and_(earlier.c.state == _literal(State.UNROUTABLE), earlier.c.topic == later.c.topic),
+def _held(row: sa.FromClause) -> sa.ColumnElement[bool]:
+    """Return whether an earlier message of the key of *row* waits, so that it must wait, too; NULL if not."""
+    hold = pending.alias("h")
+    # Not EXISTS: PostgreSQL would make a join of it, and choose one by how many holds there were when it last counted.
+    return (
+        sa.select(sa.true())
+        .where(
+            hold.c.key == row.c.key,
+            hold.c.sequence < row.c.sequence,
+            hold.c.state.in_([_literal(state) for state in HOLDING]),  # the condition of the index, word for word
+            # No queue is bound to the topic of what is unroutable, so no queue could see the order with other topics.
+            sa.or_(hold.c.state != _literal(State.UNROUTABLE), hold.c.topic == row.c.topic),
+        )
+        .limit(sa.literal_column("1"))
+        .scalar_subquery()
     )
 
 
-def read(connection: Connection, *, after: int, limit: int, exclude: Exclusions) -> list[Row]:
-    """Return up to *limit* rows that may be sent now, with ids above *after*, in the order of their ids."""
+def _behind_closed(row: sa.FromClause, dialect: str) -> sa.ColumnElement[bool]:
+    """Return whether an earlier message of the key of *row* is of a topic that is not read now; NULL if not.
+
+    `predecessors` would say so, but only when the bodies of all that must wait have been loaded.
+    """
+    earlier = pending.alias("c")
+    return (
+        sa.select(sa.true())
+        .where(
+            earlier.c.key == row.c.key,
+            _among(earlier.c.topic, "closed", sa.Text(), dialect),
+            earlier.c.sequence < row.c.sequence,
+            earlier.c.state != _literal(State.DISCARDED),
+        )
+        .limit(sa.literal_column("1"))
+        .scalar_subquery()
+    )
+
+
+def read(
+    connection: Connection, *, after: int, limit: int, exclude: Exclusions, upto: int | None = None, scanned: int = SCANNED
+) -> Page:
+    """Return up to *limit* rows that may be sent now, of the first *scanned* with ids above *after*, in the order of their ids.
+
+    *upto*: the last id to look at.
+    """
     dialect = connection.dialect.name
     found = connection.execute(
-        _waiting(dialect),
+        _waiting(dialect, bounded=upto is not None, closed=bool(exclude.closed_topics)),
         {
             "after": after,
+            "upto": upto,
+            "scanned": scanned,
             "limit": limit,
             "ids": _list(exclude.ids, dialect),
             "keys": _list(exclude.keys, dialect),
             "topics": _list(exclude.topics, dialect),
+            "closed": _list(exclude.closed_topics, dialect),
             "unheard_topics": _list(exclude.unheard_topics, dialect),
             **({} if dialect == "postgresql" else clock(dialect)),
         },
-    )
-    return [Row(*values) for values in found]
+    ).all()
+    rows = [Row(*values[:-1]) for values in found]
+    if found and found[-1].number == scanned:
+        last = rows.pop()
+        return Page(rows, last.id - 1)
+    if len(rows) == limit:
+        return Page(rows, rows[-1].id)
+    return Page(rows, upto)
 
 
 @cache
@@ -225,24 +284,32 @@ class Ahead(IntEnum):
 
 @cache
 def _predecessors(dialect: str) -> sa.Select[Any]:
-    row, earlier, unheard = pending.alias("p"), pending.alias("e"), pending.alias("u")
-    no_queue = sa.exists(sa.literal(1)).where(
-        unheard.c.key == earlier.c.key,
-        unheard.c.topic == earlier.c.topic,
-        unheard.c.sequence <= earlier.c.sequence,
-        unheard.c.state == _literal(State.UNROUTABLE),
-    )
-    anything = sa.exists(sa.literal(1)).where(
-        earlier.c.key == row.c.key,
-        earlier.c.sequence < row.c.sequence,
-        earlier.c.state != _literal(State.DISCARDED),
-    )
-    # What is unroutable, or waits behind it, holds its own topic only.
-    waits = anything.where(sa.or_(earlier.c.topic == row.c.topic, ~no_queue))
-    ahead = sa.case((waits, Ahead.WAITS.value), (anything, Ahead.PASSABLE.value), else_=Ahead.NOTHING.value)
-    return sa.select(row.c.id, ahead).where(
+    row, first = pending.alias("p"), pending.alias("f")
+    asked = sa.select(row.c.id, row.c.key, row.c.topic, row.c.sequence, _first(row.c.key).label("first")).where(
         _among(row.c.id, "ids", sa.BigInteger(), dialect), row.c.state != _literal(State.DISCARDED)
     )
+    # From topic to topic by the index: what waits behind the first message of a topic is never looked at. And by subqueries,
+    # which PostgreSQL makes no joins of.
+    firsts = asked.cte("firsts", recursive=True)
+    last_topic = sa.select(first.c.topic).where(first.c.id == firsts.c.first).correlate(firsts).scalar_subquery()
+    onwards = sa.select(*list(firsts.c)[:-1], _first(firsts.c.key, last_topic)).where(firsts.c.first.is_not(None))
+    firsts = firsts.union_all(onwards)
+    # What is unroutable holds its own topic only, and so does all that waits behind it.
+    must_go = sa.or_(first.c.topic == firsts.c.topic, first.c.state != _literal(State.UNROUTABLE))
+    ahead = sa.case(
+        (first.c.sequence >= firsts.c.sequence, Ahead.NOTHING.value), (must_go, Ahead.WAITS.value), else_=Ahead.PASSABLE.value
+    )
+    of_each = sa.select(ahead).where(first.c.id == firsts.c.first).scalar_subquery()
+    return sa.select(firsts.c.id, sa.func.coalesce(sa.func.max(of_each), Ahead.NOTHING.value)).group_by(firsts.c.id)
+
+
+def _first(key: sa.ColumnElement[Any], after_topic: Any = None) -> sa.ScalarSelect[int]:
+    """Return the id of the first message of *key*, by topic and sequence; with *after_topic* in the next topic."""
+    row = pending.alias("n")
+    query = sa.select(row.c.id).where(row.c.key == key, row.c.state != _literal(State.DISCARDED))
+    if after_topic is not None:
+        query = query.where(row.c.topic > after_topic)
+    return query.order_by(row.c.topic, row.c.sequence).limit(sa.literal_column("1")).scalar_subquery()
 
 
 def predecessors(connection: Connection, ids: Collection[int]) -> dict[int, Ahead]:

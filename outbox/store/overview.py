@@ -28,6 +28,7 @@ _RATE = timedelta(minutes=1)
 
 # The very text of the partial index's condition: without it neither database sees that the index applies.
 _NOT_PENDING = sa.text("outbox_pending.state <> 'pending'")
+_NOT_DISCARDED = sa.text("outbox_pending.state <> 'discarded'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,9 @@ def _behind(connection: Connection, row: sa.Row[tuple[object, ...]]) -> int:
     if row.key is None:
         return 0
     pending = tables.pending.c
-    later = sa.select(pending.id).where(pending.key == row.key, pending.id > row.id, pending.state == State.PENDING)
+    later = sa.select(pending.id).where(
+        _NOT_DISCARDED, pending.key == row.key, pending.id > row.id, pending.state == State.PENDING
+    )
     if row.state == State.UNROUTABLE:  # no queue could see the order with other topics
         later = later.where(pending.topic == row.topic)
     return connection.scalar(sa.select(sa.func.count()).select_from(later.limit(1000).subquery())) or 0

@@ -85,7 +85,7 @@ def disposing(engine: Engine) -> Iterator[Engine]:
 def stored(engine: Engine) -> list[Message]:
     """What a relay would publish, read as it reads."""
     with database.reading(engine).connect() as connection:
-        rows = drain.read(connection, after=0, limit=100, exclude=Exclusions())
+        rows = drain.read(connection, after=0, limit=100, exclude=Exclusions()).rows
         content = drain.messages(connection, [row.message_row for row in rows], max_bytes=10_000_000)
     return [content.found[row.message_row] for row in rows]  # type: ignore[misc]
 

@@ -9,7 +9,7 @@ from outbox.cli import main
 from outbox.store import settling
 
 if TYPE_CHECKING:
-    from outbox.relay.lanes import Item
+    from outbox.relay.item import Item
 
 
 def settle_before_confirm() -> None:

@@ -17,6 +17,9 @@ import outbox
 from outbox import database, migrations, tables
 from outbox.errors import SchemaError
 from outbox.migrations import OUTBOX, History
+from outbox.store import drain
+from outbox.store.drain import Exclusions
+from tests.builders import message, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -186,6 +189,16 @@ def test_older_tables_are_said_with_both_versions_and_upgraded_by_the_steps_that
     for call in (migrations.check, migrations.upgrade):
         with pytest.raises(SchemaError, match=f"version {now + 1}, newer than this code \\({now}\\); upgrade the package"):
             call(engine)
+
+
+def test_rows_that_the_first_version_wrote_are_there_after_an_upgrade(engine: Engine) -> None:
+    first = History(name="outbox", steps=OUTBOX.steps[:1], command="outbox migrate")
+    migrations.upgrade(engine, first)
+    with engine.begin() as connection:
+        ids = write(connection, message("t", "k"), message("t", "k"), message("t"))
+    migrations.upgrade(engine)
+    with engine.connect() as connection:
+        assert [row.id for row in drain.read(connection, after=0, limit=10, exclude=Exclusions()).rows] == ids
 
 
 def test_histories_do_not_mix(engine: Engine) -> None:

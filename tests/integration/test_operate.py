@@ -379,7 +379,7 @@ def test_whatever_looks_for_stuck_messages_uses_their_small_index(engine: Engine
         explain = "EXPLAIN " if connection.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
         for statement, parameters in asked:
             plan = " ".join(str(row) for row in connection.exec_driver_sql(explain + statement, parameters))
-            assert "outbox_pending_holding" in plan, (statement, plan)
+            assert "outbox_pending_hold" in plan, (statement, plan)
 
 
 def test_new_rows_are_read_from_a_floor(connection: Connection) -> None:

@@ -30,6 +30,31 @@ def statements(engine: Engine) -> Iterator[list[str]]:
         event.remove(engine, "before_cursor_execute", note)
 
 
+@contextmanager
+def looked_at(engine: Engine, table: str) -> Iterator[list[int]]:
+    """Count the rows and index entries of *table* that PostgreSQL visits for each SELECT sent inside the block."""
+    seen: list[int] = []
+
+    def explain(connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if table in statement and not statement.startswith("EXPLAIN"):
+            plan = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters).scalar()
+            seen.append(_visited(plan[0]["Plan"], table))
+
+    event.listen(engine, "after_cursor_execute", explain)
+    try:
+        yield seen
+    finally:
+        event.remove(engine, "after_cursor_execute", explain)
+
+
+def _visited(node: dict[str, Any], table: str) -> int:
+    within = sum(_visited(child, table) for child in node.get("Plans", ()))
+    if node.get("Relation Name") != table:
+        return within
+    rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0) + node.get("Rows Removed by Index Recheck", 0)
+    return within + int(rows * node["Actual Loops"])
+
+
 def wal_bytes(engine: Engine, work: Callable[[], object]) -> int:
     """Return how many bytes PostgreSQL writes ahead for *work*; with full_page_writes off, or it counts whole pages too."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from random import Random
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from outbox.store.drain import Ahead, Exclusions
 from outbox.store.settling import Change, Confirmed
 from outbox.tables import State
 from tests.builders import message, write, write_message, write_pending
+from tests.kit.costs import looked_at
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -33,7 +35,7 @@ def written(engine: Engine, *messages: Message, **how: object) -> list[int]:
 
 def read(engine: Engine, *, after: int = 0, limit: int = 100, exclude: Exclusions | None = None) -> list[int]:
     with database.reading(engine).connect() as connection:
-        return [row.id for row in drain.read(connection, after=after, limit=limit, exclude=exclude or Exclusions())]
+        return [row.id for row in drain.read(connection, after=after, limit=limit, exclude=exclude or Exclusions()).rows]
 
 
 def states(engine: Engine) -> dict[int, str]:
@@ -54,7 +56,7 @@ def test_a_row_comes_with_all_the_relay_decides_by(engine: Engine) -> None:
     each = keyed("session.modified", "event:1")
     written(engine, each, state=State.RETRYING, attempts=3, unheard="drop")
     with engine.connect() as connection:
-        row = drain.read(connection, after=0, limit=1, exclude=Exclusions())[0]
+        row = drain.read(connection, after=0, limit=1, exclude=Exclusions()).rows[0]
     assert row[2:] == (row.shard, "session.modified", "event:1", 1, 3, "retrying", "drop")
     assert row.shard in range(64)
 
@@ -138,9 +140,69 @@ def test_what_holds_a_key_is_found_by_the_small_index_of_holding_rows_and_withou
         read(engine)
     finally:
         sa.event.remove(engine, "after_cursor_execute", keep_plan)
-    assert "outbox_pending_holding" in plans[0]
+    assert "outbox_pending_holds" in plans[0]
     assert "SubPlan" in plans[0] or "CORRELATED SCALAR SUBQUERY" in plans[0]
     assert "Seq Scan on outbox_pending h" not in plans[0]
+
+
+def test_a_read_looks_at_so_many_rows_and_says_where_the_next_begins(engine: Engine) -> None:
+    written(engine, keyed(), state=State.DEAD)
+    held = written(engine, *(keyed() for _ in range(30)))
+    free = written(engine, message())
+    with database.reading(engine).connect() as connection:
+        pages, after = [], 0
+        while True:
+            page = drain.read(connection, after=after, limit=5, exclude=Exclusions(), scanned=10)
+            pages.append(page)
+            if page.end is None:
+                break
+            assert after < page.end
+            after = page.end
+    assert [row.id for page in pages for row in page.rows] == free
+    assert 4 <= len(pages) <= 5
+    assert pages[0].end == held[8] - 1
+
+
+def test_a_read_that_found_enough_ends_with_the_last_it_found(engine: Engine) -> None:
+    ids = written(engine, *(message() for _ in range(10)))
+    with database.reading(engine).connect() as connection:
+        page = drain.read(connection, after=0, limit=3, exclude=Exclusions())
+        assert ([row.id for row in page.rows], page.end) == (ids[:3], ids[2])
+        page = drain.read(connection, after=0, limit=3, exclude=Exclusions(), upto=ids[1])
+        assert ([row.id for row in page.rows], page.end) == (ids[:2], ids[1])
+        page = drain.read(connection, after=0, limit=10, exclude=Exclusions(), scanned=4)
+        assert ([row.id for row in page.rows], page.end) == (ids[:3], ids[3] - 1)
+
+
+def test_a_topic_that_is_not_read_now_holds_the_later_messages_of_its_keys_and_no_others(engine: Engine) -> None:
+    before = written(engine, keyed("y"))
+    closed = written(engine, keyed("x"))
+    behind = written(engine, keyed("y"))
+    free = written(engine, keyed("y", "b"), message("y"))
+    assert read(engine) == before + closed + behind + free
+    assert read(engine, exclude=Exclusions(closed_topics=["x"])) == before + free
+    assert read(engine, exclude=Exclusions(topics=["x"])) == before + behind + free
+
+
+@pytest.mark.postgres
+def test_what_was_discarded_costs_the_rest_of_its_key_nothing(postgres: Engine) -> None:
+    written(postgres, *(keyed() for _ in range(300)), state=State.DISCARDED)
+    ids = written(postgres, *(keyed() for _ in range(50)))
+    with looked_at(postgres, "outbox_pending") as visited:
+        assert read(postgres, limit=500) == ids
+    assert visited[0] == 350
+
+
+@pytest.mark.postgres
+def test_a_read_costs_the_rows_of_a_page_however_many_must_wait(postgres: Engine) -> None:
+    written(postgres, keyed(), state=State.DEAD)
+    costs = []
+    for more in (2000, 10_000):
+        _many(postgres, more)
+        with looked_at(postgres, "outbox_pending") as visited, database.reading(postgres).connect() as connection:
+            drain.read(connection, after=0, limit=500, exclude=Exclusions(), scanned=80)
+        costs.append(visited[0])
+    assert costs[0] == costs[1] <= 2 * 81
 
 
 # --- messages ---
@@ -236,6 +298,59 @@ def test_order_is_by_sequence_even_if_ids_say_otherwise(engine: Engine) -> None:
         second = write_pending(connection, row, each, 2, id=100)
         first = write_pending(connection, row, each, 1, id=200)
     assert ahead(engine, first, second) == {first: Ahead.NOTHING, second: Ahead.WAITS}
+
+
+def test_the_first_message_of_each_topic_decides_whatever_waits_behind_it(engine: Engine) -> None:
+    """Against the rule said row by row, with keys of several topics and all states."""
+    random = Random(7)
+    for number in range(60):
+        state = random.choice([*State, State.PENDING, State.PENDING])
+        written(engine, keyed(random.choice("xyz"), f"k{number % 4}"), state=state)
+    with engine.connect() as connection:
+        rows = connection.execute(sa.select(tables.pending).order_by(tables.pending.c.id)).all()
+
+    def before(row: Any) -> Ahead:
+        earlier = [e for e in rows if e.key == row.key and e.sequence < row.sequence and e.state != State.DISCARDED]
+        for each in earlier:
+            unheard = [u for u in earlier if u.topic == each.topic and u.sequence <= each.sequence]
+            if each.topic == row.topic or all(u.state != State.UNROUTABLE for u in unheard):
+                return Ahead.WAITS
+        return Ahead.PASSABLE if earlier else Ahead.NOTHING
+
+    asked = [row for row in rows if row.state != State.DISCARDED]
+    assert ahead(engine, *(row.id for row in rows)) == {row.id: before(row) for row in asked}
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("state", [State.PENDING, State.DISCARDED])
+def test_a_look_for_earlier_messages_costs_the_topics_of_the_key_and_not_what_waits_in_it(
+    postgres: Engine, state: State
+) -> None:
+    written(postgres, keyed("unheard"), state=State.UNROUTABLE)
+    costs = []
+    for more in (100, 10_000):
+        _many(postgres, more, topic="unheard", state=state)
+        last = written(postgres, keyed("heard"))
+        with looked_at(postgres, "outbox_pending") as visited:
+            assert ahead(postgres, *last) == {last[0]: Ahead.PASSABLE}
+        settle(postgres, confirmed(postgres, *last))
+        costs.append(visited[0])
+    assert costs[0] == costs[1] <= 20
+
+
+def _many(engine: Engine, count: int, *, topic: str = "x", key: str = "a", state: State = State.PENDING) -> None:
+    """Write *count* rows to outbox_pending alone, in one statement."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO outbox_pending (message_row, shard, topic, key, sequence, available_at, state) "
+            "SELECT n, 0, %s, %s::text, n + (SELECT max(sequence) FROM outbox_pending WHERE key = %s), now(), %s "
+            "FROM generate_series(1, %s) n",
+            (topic, key, key, state.value, count),
+        )
+        connection.exec_driver_sql(
+            "UPDATE outbox_key SET sequence = (SELECT max(sequence) FROM outbox_pending WHERE key = %s) WHERE key = %s",
+            (key, key),
+        )
 
 
 # --- settle ---

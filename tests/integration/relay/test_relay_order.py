@@ -86,12 +86,15 @@ def test_the_window_bounds_what_is_unconfirmed(engine: Engine) -> None:
     stage = Stage(engine, lambda _: Outcome.CONFIRMED if not stage.delivered() else None, window=7, batch_size=3)
     stage.write(*(message() for _ in range(50)))
     stage.turn(50)
+    assert len(stage.broker.flying) == 6  # the rest of the window is for other topics
+    stage.write(*(message("another") for _ in range(50)))
+    stage.turn(50)
     assert len(stage.broker.flying) == 7
     stage.broker.script = lambda _: Outcome.CONFIRMED
     for each in stage.broker.flying:
         stage.broker.answer(each)
     stage.run_dry()
-    assert len(stage.delivered()) == 50
+    assert len(stage.delivered()) == 100
 
 
 def test_one_hot_key_does_not_keep_the_others_waiting(engine: Engine) -> None:

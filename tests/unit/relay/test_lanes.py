@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from outbox.relay.lanes import Item, Lanes
+from outbox.relay.item import Item
+from outbox.relay.lanes import Lanes
 from outbox.store.drain import Ahead, Row
 
 
@@ -14,15 +17,17 @@ def item(of: Row, size: int = 1) -> Item:
     return Item(of, None, size, epoch=1)
 
 
-def lanes(window: int = 10, window_bytes: int = 1_000_000, rows_per_key: int = 100, neighbours: bool = False) -> Lanes:
-    return Lanes(window=window, window_bytes=window_bytes, rows_per_key=rows_per_key, neighbours=neighbours)
+def lanes(window: int = 10, window_bytes: int = 1_000_000, rows_per_key: int = 100, **more: Any) -> Lanes:
+    return Lanes(window=window, window_bytes=window_bytes, rows_per_key=rows_per_key, **more)
 
 
-def load(into: Lanes, *rows: Row, size: int = 1) -> list[int]:
+def load(into: Lanes, *rows: Row, size: int = 1, after: int = 0, end: int | None = None) -> list[int]:
     """Read *rows*: choose, load, and answer the query by key with "nothing earlier"."""
-    into.read_returned(into.read_began())
+    reading = into.read_began(after)
+    into.read_returned(reading)
     chosen = into.choose(rows)
     into.load([item(each, size) for each in chosen])
+    into.read_ended(reading, end)
     asked = into.unproven()
     into.prove(asked, dict.fromkeys(asked, Ahead.NOTHING))
     return [each.id for each in chosen]
@@ -54,7 +59,7 @@ def test_one_message_of_a_key_is_in_flight_and_the_next_starts_when_it_is_delive
 
 
 def test_where_batches_are_whole_neighbours_of_a_key_fly_together_and_the_next_wait_for_all_of_them() -> None:
-    held = lanes(window=5, neighbours=True)
+    held = lanes(window=6, neighbours=True)
     load(held, *(row(n, "a", n) for n in range(1, 5)), row(5, "b", 1), row(6, "a", 5))
     assert take(held) == [1, 2, 3, 4, 6]
     held.done(flying(held, 1))
@@ -203,21 +208,93 @@ def test_a_hot_key_does_not_fill_the_memory_and_is_read_on_when_half_of_it_is_se
     held = lanes(rows_per_key=4)
     hot = [row(n, "hot", n) for n in range(1, 11)]
     assert load(held, *hot, row(11)) == [1, 2, 3, 4, 11]
-    assert set(held.saturated()) == {"hot"}
+    assert held.read_began(after=11).keys.left_out == ["hot"]
+    assert held.behind is None
     assert take(held) == [1, 11]
     held.done(flying(held, 1))
     assert take(held) == [2]
-    assert held.take_revisit() == 4  # two of four are left: what is above id 4 was passed over
-    assert held.take_revisit() is None
-    assert set(held.saturated()) == set()
+    assert held.behind == 4  # two of four are left: what is above id 4 was passed over
+    assert held.read_began(after=4).keys.left_out == []
+    assert load(held, *hot, after=4) == [5, 6]
+    assert held.behind is None
+    assert held.read_began(after=11).keys.left_out == ["hot"]
 
 
 def test_rows_of_a_key_that_a_read_left_out_are_read_again_even_when_none_was_seen() -> None:
     held = lanes(rows_per_key=2)
     load(held, row(1, "hot", 1), row(2, "hot", 2))
-    assert set(held.saturated()) == {"hot"}
+    assert held.read_began(after=2).keys.left_out == ["hot"]
     take(held)
-    assert held.take_revisit() == 2
+    assert held.behind == 2
+
+
+def test_what_is_behind_is_read_on_page_by_page_until_reads_have_arrived() -> None:
+    held = lanes(rows_per_key=2)
+    load(held, row(1, "hot", 1), row(2, "hot", 2))
+    take(held)
+    load(held, after=2, end=5000)  # a page of what must wait
+    assert held.behind == 5000
+    assert held.read_began(after=90_000).keys.left_out == ["hot"]
+    load(held, row(7000, "hot", 3), after=5000, end=9000)
+    assert held.behind is None  # enough of it is loaded
+    held.done(flying(held, 1))
+    take(held)
+    assert held.behind == 7000
+    load(held, after=7000)
+    assert held.behind is None
+    assert held.read_began(after=90_000).keys.left_out == []
+
+
+def test_a_read_that_failed_has_moved_nothing_on() -> None:
+    held = lanes(rows_per_key=2)
+    load(held, row(1, "hot", 1), row(2, "hot", 2))
+    take(held)
+    reading = held.read_began(after=2)
+    held.read_returned(reading)
+    held.choose([row(3, "hot", 3)])
+    assert held.behind == 2
+
+
+def test_a_topic_alone_fills_all_but_a_reserve_and_the_reserve_is_for_others() -> None:
+    held = lanes(window=80, rows=160)
+    slow = [row(n, topic="slow") for n in range(1, 301)]
+    assert len(load(held, *slow)) == 120
+    assert held.read_began(after=300).topics.left_out == ["slow"]
+    assert len(take(held)) == 60
+    assert load(held, *slow, row(301, topic="fresh")) == [301]
+    assert take(held) == [301]
+
+
+def test_when_four_topics_are_slow_there_is_room_for_a_fifth() -> None:
+    held = lanes(window=1000, rows=2000)
+    for number in range(4):
+        load(held, *(row(1000 * number + n, topic=f"slow {number}") for n in range(1, 1000)))
+        take(held)
+    assert load(held, row(9001, topic="fresh")) == [9001]
+    assert take(held) == [9001]
+
+
+def test_the_rest_of_a_topic_is_read_on_where_it_was_passed_over_when_a_batch_of_it_fits() -> None:
+    held = lanes(window=80, rows=160, batch_rows=20)
+    rows = [row(n, topic="slow") for n in range(1, 301)]
+    assert len(load(held, *rows)) == 120
+    assert held.crowded
+    for id in take(held)[:20]:
+        assert held.behind is None
+        held.done(flying(held, id))
+    assert held.behind == 120
+    assert not held.crowded
+    assert load(held, *rows[120:], after=120) == list(range(121, 141))
+    assert held.read_began(after=300).topics.left_out == ["slow"]
+
+
+def test_large_messages_of_one_topic_leave_room_for_those_of_others() -> None:
+    held = lanes(window_bytes=800, rows_bytes=1600)
+    load(held, *(row(n, topic="large") for n in range(1, 13)), size=100)
+    assert held.read_began(after=12).topics.left_out == ["large"]
+    assert len(take(held)) == 6
+    assert load(held, row(13, topic="small")) == [13]
+    assert take(held) == [13]
 
 
 def test_the_same_row_read_twice_is_loaded_once() -> None:
@@ -271,9 +348,9 @@ def test_what_a_delivered_message_held_is_read_again_as_soon_as_its_settling_is_
     held = lanes()
     load(held, row(7, "a", 3, state="retrying"))
     held.done(flying(held, take(held)[0]))
-    assert held.take_revisit() is None
+    assert held.behind is None
     held.settled([7])
-    assert held.take_revisit() == 7
+    assert held.behind == 7
 
 
 def test_when_a_queue_is_bound_other_topics_stop_overtaking_what_waited_for_it() -> None:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outbox.relay.lanes import Item, Lanes
+from outbox.relay.item import Item
+from outbox.relay.lanes import Lanes, Reading
 from outbox.store.drain import Ahead, Row
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ class Stored:
 class OpenRead:
     """A read whose snapshot was taken and which has not returned."""
 
-    token: Collection[int]
+    reading: Reading
     rows: list[Row]
+    end: int | None
 
 
 class LanesModel:
@@ -56,7 +58,7 @@ class LanesModel:
     neighbours = False
 
     def __init__(self) -> None:
-        self.lanes = Lanes(window=4, window_bytes=6, rows_per_key=3, neighbours=self.neighbours)
+        self.lanes = Lanes(window=4, window_bytes=6, rows_per_key=3, rows=6, neighbours=self.neighbours)
         self.stored: dict[int, Stored] = {}
         self.sequences: dict[str, int] = defaultdict(int)
         self.next_id = 1
@@ -123,26 +125,28 @@ class LanesModel:
         self.finish_read()
 
     def begin_read(self, after: int, limit: int) -> None:
-        known = set(self.lanes.known(after))
-        saturated = set(self.lanes.saturated())
+        reading = self.lanes.read_began(after)
         found = [
             each.row._replace(state=each.state)
             for id_, each in sorted(self.stored.items())
             if id_ > after
             and each.committed
-            and id_ not in known
-            and (each.row.key is None or each.row.key not in saturated)
+            and id_ not in reading.ids
+            and each.row.key not in reading.keys.left_out
+            and each.row.topic not in reading.topics.left_out
             and not any(other.holds(each.row) for other in self.stored.values())
         ][:limit]
-        self.read = OpenRead(self.lanes.read_began(), found)
+        self.read = OpenRead(reading, found, found[-1].id if len(found) == limit else None)
 
     def finish_read(self) -> None:
         """Take in what the snapshot showed, then ask about keys."""
         assert self.read is not None
-        self.lanes.read_returned(self.read.token)
+        self.lanes.read_returned(self.read.reading)
         self.lanes.load([Item(row, None, 2, epoch=1) for row in self.lanes.choose(self.read.rows)])
         if self.read.rows:
             self.cursor = max(self.cursor, self.read.rows[-1].id)
+        end = self.read.end
+        self.lanes.read_ended(self.read.reading, end if end is not None and end < self.cursor else None)
         self.read = None
         asked = self.lanes.unproven()
         self.lanes.prove(asked, self.predecessors(asked))

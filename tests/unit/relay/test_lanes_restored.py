@@ -17,7 +17,7 @@ from tests.unit.relay.test_lanes_model import LanesModel, Stored, walk
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from outbox.relay.lanes import Item
+    from outbox.relay.item import Item
     from outbox.store.drain import Ahead, Row
 
 
