@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import uuid
 from contextlib import ExitStack
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
 import hypothesis
 import pytest
+from sqlalchemy import create_engine
 
 from tests.kit.netns import Machine
 from tests.kit.pgbouncer import PgBouncer
@@ -117,6 +119,27 @@ def postgres_url(postgres_server: PostgresServer | ExternalPostgres) -> Iterator
     """The URL of a new, empty PostgreSQL database."""
     with postgres_server.database() as url:
         yield url
+
+
+@pytest.fixture
+def make_encoded(postgres_server: PostgresServer | ExternalPostgres) -> Iterator[Callable[[str], str]]:
+    """Make an empty database of an encoding and return its URL."""
+    server, made = create_engine(postgres_server.url, isolation_level="AUTOCOMMIT"), []
+
+    def make(encoding: str) -> str:
+        name = f"encoded_{uuid.uuid4().hex[:12]}"
+        with server.connect() as connection:
+            connection.exec_driver_sql(
+                f"CREATE DATABASE {name} ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+            )
+        made.append(name)
+        return str(server.url.set(database=name).render_as_string(hide_password=False))
+
+    yield make
+    with server.connect() as connection:
+        for name in made:
+            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    server.dispose()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from outbox.cli import context, findings, text
+from outbox.cli import context, findings, server_settings, text
 from outbox.cli.findings import Finding, Verdict
 from outbox.errors import OutboxError, SchemaError
 
@@ -83,6 +83,8 @@ def _database(here: Context) -> Iterator[Finding]:
             context.prepare_transaction(connection)
             yield Finding("database", Verdict.OK, f"{_version(connection)}: {here.place}")
             yield from _durability(connection)
+            if connection.dialect.name == "postgresql":
+                yield from server_settings.examine(connection)
             yield _clock(connection)
             yield from _tables(connection)
     except OutboxError as error:

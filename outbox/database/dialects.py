@@ -223,12 +223,11 @@ def of(backend: str, driver: str, role: Role = Role.APP, name: str = "") -> Dial
     """Return the dialect of *backend*. Raises ConfigurationError for a database or driver that this project does not know."""
     dialect = _DIALECTS.get(backend)
     if dialect is None:
-        raise ConfigurationError(f"{backend}: this database is not supported; use postgresql+psycopg:// or sqlite:///")
+        raise ConfigurationError(f"{backend} is not supported; use postgresql+psycopg:// or sqlite:///")
     if driver not in dialect.drivers:
         known = ", ".join(name for name, asynchronous in dialect.drivers.items() if not asynchronous)
         raise ConfigurationError(
-            f"{backend}+{driver}://…: this driver is not supported (supported: {known}), what it stores would be a guess; "
-            + dialect.fix
+            f"the driver {driver} is not supported (supported: {known}): what it stores would be a guess; {dialect.fix}"
         )
     return dialect(role, name)
 

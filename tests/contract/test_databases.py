@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Engine
 
-    from tests.kit.servers import ExternalPostgres, PostgresServer
 
 DRIVERS = ["psycopg", "psycopg2"]
 #: Settings of a server, database or role that change how values are written as text, or transactions work.
@@ -147,27 +146,6 @@ def test_what_a_service_applies_parks_and_counts_is_right(any_url: str) -> None:
 
 
 # --- encodings -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def make_encoded(postgres_server: PostgresServer | ExternalPostgres) -> Iterator[Callable[[str], str]]:
-    """Make an empty database of an encoding and return its URL."""
-    server, made = sa.create_engine(postgres_server.url, isolation_level="AUTOCOMMIT"), []
-
-    def make(encoding: str) -> str:
-        name = f"encoded_{new_id().hex[:12]}"
-        with server.connect() as connection:
-            connection.exec_driver_sql(
-                f"CREATE DATABASE {name} ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
-            )
-        made.append(name)
-        return str(server.url.set(database=name).render_as_string(hide_password=False))
-
-    yield make
-    with server.connect() as connection:
-        for name in made:
-            connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
-    server.dispose()
 
 
 @pytest.mark.parametrize(("encoding", "key"), [("SQL_ASCII", "\u20ac"), ("LATIN1", "\xfc")])
