@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from outbox.backoff import Backoff
+from outbox.database import Meaning, meaning
 from outbox.relay.telemetry import Announcer
 from outbox.store import drain
 
@@ -17,6 +18,15 @@ log = logging.getLogger(__name__)
 
 #: Longer than any call of a relay takes on a database that is well.
 _SLOW_SECONDS = 10.0
+#: What an error means, where it is not silence: whoever reads it should look elsewhere than at the network.
+_SAID = {
+    Meaning.REFUSED: "does not let the relay in",
+    Meaning.FORBIDDEN: "does not permit what the relay must do",
+    Meaning.READ_ONLY: "takes no writes",
+    Meaning.BUSY: "is busy with others for too long",
+    Meaning.CANCELLED: "cancels what the relay asks",
+    Meaning.UNMIGRATED: "lacks a table or column",
+}
 
 
 class Availability:
@@ -57,7 +67,7 @@ class Availability:
         except Exception as error:
             if not drain.is_trouble(error):
                 raise
-            self._failed(drain.describe(error))
+            self._failed(error)
         else:
             self._worked()
         finally:
@@ -72,7 +82,8 @@ class Availability:
             return True
         return False
 
-    def _failed(self, problem: str) -> None:
+    def _failed(self, error: Exception) -> None:
+        problem = drain.describe(error)
         self._failures += 1
         self._retry_at = self._clock() + self._backoff.ceiling(self._failures)
         self.problem = problem
@@ -80,7 +91,7 @@ class Availability:
             "database",
             "lost",
             logging.WARNING,
-            "the database does not answer; what was confirmed is kept and settled later",
+            f"the database {_SAID.get(meaning(error), 'does not answer')}; what was confirmed is kept and settled later",
             problem=problem,
         )
 
