@@ -10,7 +10,7 @@ path the virtual host is `/`. With `amqps` the certificate and the host name are
 | `cacertfile` | PEM file with the authority that signed the broker's certificate; default: the system's authorities |
 | `certfile`, `keyfile` | PEM files of a client certificate |
 | `server_name_indication` | the name in the broker's certificate, where it is not the host of the URL |
-| `heartbeat` | seconds; default: what the broker proposes |
+| `heartbeat` | seconds; default: 10 for a relay, 30 for a service |
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AmqpUrl:
     cacertfile: str | None
     certfile: str | None
     keyfile: str | None
-    #: Seconds; None: what the broker proposes.
+    #: Seconds; None: what the process thinks fit.
     heartbeat: int | None
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@
                         │  ▲
                         │  └── requeue (a person) ◄── dead, unroutable
                         ├── returned: no queue bound ─► unroutable ─ a binding appears ─► pending
-                        ├── nacked: a queue refused ──► retrying ── after the backoff ──► pending
+                        ├── a queue refused, or is silent ► retrying ─ after the backoff ─► pending
                         ├── message's own fault ──────► retrying … ─ attempts used up ──► dead
                         └── discard (a person) ───────► discarded (kept, never sent)
 ```

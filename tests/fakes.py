@@ -34,6 +34,7 @@ class FakeBroker:
         self.script = script or (lambda _message: Outcome.CONFIRMED)
         self.sent: list[Message] = []
         self.delivered: list[Message] = []
+        self.probes: list[Message] = []
         self.batches: list[list[Message]] = []
         self._connected = connected
         self._blocked = False
@@ -60,9 +61,20 @@ class FakeBroker:
                 outcome = self.script(outgoing.message)
                 if outcome is Outcome.LOST:
                     self._lose("the connection was closed")
+                elif outcome is Outcome.SILENT:  # a notice: it stays in flight
+                    self._answers.append(Answer(outgoing.token, Outcome.SILENT, "no confirm came", cause=Cause.SILENCE))
                 elif outcome is not None:
                     self._answer(outgoing.token, outcome)
             self._changed.notify_all()
+
+    def probe(self, outgoing: Outgoing) -> None:
+        self.probes.append(outgoing.message)
+        if self.state().connected and self.script(outgoing.message) is Outcome.SILENT:
+            with self._changed:
+                self.sent.append(outgoing.message)
+                self._answers.append(Answer(outgoing.token, Outcome.LOST, "no confirm came", cause=Cause.SILENCE))
+            return
+        self.send([outgoing])
 
     def answers(self, timeout: float) -> list[Answer]:
         with self._changed:

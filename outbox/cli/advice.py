@@ -75,8 +75,8 @@ def _stuck(first: Stuck, overview: Overview) -> str:
             f"message {first.id}{more}: no queue takes {first.topic!r}{behind}; "
             "it goes out by itself when one is bound: outbox topology check"
         )
-    error = f": {text.one_line(first.last_error)}" if first.last_error else ""
+    error = f" ({text.one_line(first.last_error)})" if first.last_error else ""
     return (
-        f"message {first.id}: a queue refuses {first.topic!r} (attempt {first.attempts}{error}){behind}; "
-        "it is tried again by itself, look at the queue's length and its members"
+        f"message {first.id}: {first.topic!r} is not taken{error}{behind}; "
+        "it is tried again by itself, look at the length and the members of its queues"
     )

@@ -23,13 +23,16 @@ class Outcome(Enum):
     CONFIRMED = auto()
     #: No queue is bound to the topic; nobody has it.
     RETURNED = auto()
-    #: A queue refused it (full); others may have it.
+    #: A queue refused it (mostly because it is full); others may have it.
     NACKED = auto()
     #: The message itself can't be sent: it failed before its first byte, or the broker closed the channel over it (406)
     #: while it was alone in flight.
     REFUSED = auto()
     #: Undecided: the connection ended while it was in flight. It may have been delivered.
     LOST = auto()
+    #: A notice, not an answer: for the deadline nobody has answered it, although messages of other topics that were written
+    #: later were answered. Its queue says nothing (a quorum queue without a majority). What became of it is said later.
+    SILENT = auto()
     #: It never left: there was no connection, or it ended before the first byte of this message.
     NOT_SENT = auto()
 
@@ -107,7 +110,13 @@ class Broker(Protocol):
         """Begin to connect, in the background; the broker need not be up. Reconnects by itself, with jitter, until `stop`."""
 
     def send(self, batch: Sequence[Outgoing]) -> None:
-        """Hand over *batch*, in order. Each message gets exactly one answer; without a connection NOT_SENT, at once."""
+        """Hand over *batch*, in order within a topic. Each message gets one answer; without a connection NOT_SENT, at once."""
+
+    def probe(self, outgoing: Outgoing) -> None:
+        """Hand over a message of a topic that was refused or silent: whatever becomes of it, it keeps no others waiting.
+
+        It gets one answer, as others do. LOST with the cause SILENCE says that none came within the deadline.
+        """
 
     def answers(self, timeout: float) -> list[Answer]:
         """Wait until an answer is there, the state changes, `wake` is called or *timeout* seconds pass; return the answers."""

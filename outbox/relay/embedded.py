@@ -81,6 +81,10 @@ class EmbeddedBroker:
         else:
             self._answers += [self._answer(token, queues, seconds) for token, queues in zip(tokens, reached, strict=True)]
 
+    def probe(self, outgoing: Outgoing) -> None:
+        """Publish one message: nobody waits for another here."""
+        self.send([outgoing])
+
     def answers(self, timeout: float) -> list[Answer]:
         """Return the answers; without any, wait for *timeout* seconds, `wake`, or until the file could be opened again."""
         deadline = time.monotonic() + timeout

@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,10 @@ from outbox.relay import telemetry, verdict
 from outbox.relay.answers import Answers
 from outbox.relay.broker import Answer, Cause, Outcome, Outgoing
 from outbox.relay.caution import Caution
+from outbox.relay.departures import Departures
 from outbox.relay.item import Item
 from outbox.relay.lanes import Lanes
+from outbox.relay.news import TopicNews
 from outbox.relay.position import Position
 from outbox.relay.topics import Topics
 from outbox.store import drain, settling
@@ -113,9 +115,14 @@ class Pump:
         #: Which database answered last, and the last receipt written there: by them it is known again.
         self._server = ""
         self._receipt: int | None = None
+        self._topic_news = TopicNews()
+        self._departures = Departures(self.lanes, self._caution, self._topics, self._clock)
+        #: What flies although it was given up, by token: it may be answered after all.
+        self._given_up: dict[int, Item] = {}
+        #: How often a row was nacked, for its backoff. What the row itself counts are failures of its own.
+        self._nacks: Counter[int] = Counter()
         self._own_answers: list[Answer] = []
         self._held_read_at: float | None = None
-        self._suspects_fly = False
         self._read_at = 0.0
         self._woken_until = 0.0
         self._flowing_until = 0.0
@@ -140,17 +147,24 @@ class Pump:
 
     def _take_in(self, answers: Sequence[Answer]) -> None:
         now, wall = self._clock(), datetime.now(UTC)
-        were_flying = self.lanes.flying
+        were_flying = self._departures.flying
         lost: list[tuple[Item, Answer]] = []
         published: Counter[str] = Counter()
         for answer in answers:
             item = self.lanes.flight(answer.token)
             if item is None:
+                self._departures.probing.discard(answer.token)
+                self._take_late(answer, now, wall)
                 continue
             if answer.outcome in (Outcome.LOST, Outcome.NOT_SENT):
                 lost.append((item, answer))
                 continue
-            self._caution.passed(item.row.id)
+            if answer.outcome is Outcome.SILENT:
+                self._given_up[answer.token] = item
+            elif answer.token not in self._departures.probing:
+                self._caution.passed(item.row.id)
+                self._take_hint(item.row.topic, now)
+            self._departures.probing.discard(answer.token)
             if answer.outcome is Outcome.CONFIRMED:
                 failpoints.reached("R3")
                 published[item.row.topic] += 1
@@ -160,8 +174,8 @@ class Pump:
             telemetry.PUBLISHED.labels(topic).inc(count)
         if lost:
             self._take_losses(lost, were_flying, now, wall)
-        if self.lanes.flying == 0:
-            self._suspects_fly = False
+        if self._departures.flying == 0:
+            self._departures.suspects_fly = False
         elif published:
             failpoints.reached("R4")
 
@@ -169,27 +183,71 @@ class Pump:
         row = item.row
         if answer.outcome is not Outcome.CONFIRMED:
             telemetry.FAILURES.labels(telemetry.reason(answer)).inc()
-        decided = verdict.of(row, answer, self._policy, self._rng)
+        decided = verdict.of(row, answer, self._policy, self._rng, self._nacks[row.id])
         if isinstance(decided, verdict.Done) and item.outgoing is not None:
             message = item.outgoing.message
             age = max(0.0, (wall - message.created_at).total_seconds())
             telemetry.DELIVERY.observe(age)
             self.answers.add(settling.Confirmed(row.id, row.message_row, message.id, age, answer.seconds), now)
             self.lanes.done(item)
+            if self._given_up:
+                self._given_up = {token: other for token, other in self._given_up.items() if other.row.id != row.id}
+            self._nacks.pop(row.id, None)
         elif isinstance(decided, verdict.Hold):
+            self._nacks[row.id] += answer.outcome is Outcome.NACKED
             self.answers.add(_change(item, decided), now)
             self.lanes.hold(item)
             if decided.state is State.DEAD:
                 self._caution.given_up(row.id)
-        if self._topics.answered(row, answer.outcome, now):
+        self._tell_topic(row, answer.outcome, now)
+
+    def _tell_topic(self, row: Row, outcome: Outcome, now: float) -> None:
+        """Take in what an answer says of its topic."""
+        if self._topics.answered(row, outcome, now):
             self.lanes.unload(self._topics.stopped)
             self._position.want_full()
+            self._topic_news.tell(self._topics.troubles(), now)
+
+    def _take_late(self, answer: Answer, now: float, wall: datetime) -> None:
+        """Take in what became of a message that was given up: a confirm is a fact, whatever its row was said to be."""
+        item = self._given_up.pop(answer.token, None)
+        if item is None or item.outgoing is None or answer.outcome is not Outcome.CONFIRMED:
+            return
+        row, message = item.row, item.outgoing.message
+        age = max(0.0, (wall - message.created_at).total_seconds())
+        if all(flying.row.id != row.id for flying in self.lanes.flights()):  # else it flies again, and that answer will do
+            self.answers.add(settling.Confirmed(row.id, row.message_row, message.id, age, answer.seconds), now)
+        self.lanes.unload(lambda other: other.id == row.id)
+        self._tell_topic(row, answer.outcome, now)
+
+    def _take_hint(self, answered: str, now: float) -> None:
+        """Another topic is *answered* on a new connection: it was the first unanswered one that kept the last one silent.
+
+        A channel that is new to a quorum queue without a majority waits for it, for a minute, with all that came later.
+        """
+        item, self._departures.first_unanswered = self._departures.first_unanswered, None
+        if item is None or item.row.topic == answered:
+            return
+        notice = Answer(item.token, Outcome.SILENT, cause=Cause.SILENCE)
+        decided = verdict.of(item.row, notice, self._policy, self._rng)
+        if isinstance(decided, verdict.Hold) and self._shards.epochs.get(item.row.shard, 0) == item.epoch:
+            self.answers.add(_change(item, decided), now)
+        self._tell_topic(item.row, Outcome.SILENT, now)
 
     def _take_losses(self, lost: list[tuple[Item, Answer]], were_flying: int, now: float, wall: datetime) -> None:
+        probes = [each for each in lost if each[1].token in self._departures.probing]
+        lost = [each for each in lost if each[1].token not in self._departures.probing]
+        for item, answer in probes:
+            self._take_lost_probe(item, answer, now, wall)
+        if not lost:
+            return
         sent = [(item.row.id, answer.cause) for item, answer in lost if answer.outcome is Outcome.LOST]
         closed = [id_ for id_, cause in sent if cause.may_be_a_message]
         blamed = any(cause is Cause.MESSAGE for _, cause in sent)
         self._caution.dropped(id_ for id_, _ in sent)
+        first = lost[0]
+        if first[1].outcome is Outcome.LOST and first[1].cause is Cause.SILENCE:
+            self._departures.first_unanswered = first[0]
         culprits = self._caution.lost(closed, were_flying=were_flying, blamed=blamed)
         for item, answer in lost:
             telemetry.FAILURES.labels(telemetry.reason(answer)).inc()
@@ -203,6 +261,19 @@ class Pump:
                 self._position.want_full()
             else:
                 self.lanes.again(item)
+
+    def _take_lost_probe(self, item: Item, answer: Answer, now: float, wall: datetime) -> None:
+        """A probe got no answer: its topic goes on waiting, and whatever ended the connection, others were not in it."""
+        self._departures.probing.discard(answer.token)
+        if item.stale or self._shards.epochs.get(item.row.shard, 0) != item.epoch:
+            self.lanes.forget(item)
+        elif answer.cause is Cause.SILENCE and answer.outcome is Outcome.LOST:
+            self._apply(item, replace(answer, outcome=Outcome.SILENT), now, wall)
+        else:
+            telemetry.FAILURES.labels(telemetry.reason(answer)).inc()
+            self._topics.lost(item.row, now, sent=answer.outcome is Outcome.LOST)
+            self.lanes.again(item)
+            self.lanes.unload(self._topics.stopped)
 
     # --- settling ---
 
@@ -240,7 +311,7 @@ class Pump:
         if known in ("", world.server):
             return True
         self.abandon()
-        self._caution = Caution()
+        self._caution = self._departures.caution = Caution()
         return False
 
     def _start_anew(self, sign: str) -> None:
@@ -367,11 +438,21 @@ class Pump:
             return 0
         self._doubt_what_was_held()
         taken = self._take()
-        batch = [item.outgoing for item in taken if item.outgoing is not None]
-        self._own_answers += [Answer(item.token, Outcome.REFUSED, item.problem) for item in taken if item.outgoing is None]
+        batch: list[Outgoing] = []
+        for item in taken:
+            if item.outgoing is None:
+                self._own_answers.append(Answer(item.token, Outcome.REFUSED, item.problem))
+            elif self._topics.apart(item.row):
+                self._departures.probing.add(item.outgoing.token)
+                self._broker.probe(item.outgoing)
+            else:
+                batch.append(item.outgoing)
         if batch:
             self._broker.send(batch)
         return len(taken)
+
+    def _take(self) -> list[Item]:
+        return self._departures.take()
 
     def _doubt_what_was_held(self) -> None:
         """Unload rows that a person may have discarded since they were read: what is still to be sent is read again."""
@@ -379,22 +460,6 @@ class Pump:
             self._held_read_at = None
             self.lanes.unload(_is_held)
             self._position.want_full()
-
-    def _take(self) -> list[Item]:
-        caution = self._caution
-        if caution.alone:
-            if self.lanes.flying:
-                return []
-            first = caution.next_alone(self.lanes.ready_ids())
-            return self.lanes.take(lambda item: item.row.id == first, limit=1)
-        if caution.suspects:
-            suspects = self.lanes.ready_ids(among=caution.suspects)
-            if self._suspects_fly or (suspects and self.lanes.flying):
-                return []
-            if suspects:
-                self._suspects_fly = True
-                return self.lanes.take(lambda item: item.row.id in suspects, limit=caution.group)
-        return self.lanes.take(_anything)
 
 
 def _is_held(row: Row) -> bool:
@@ -414,7 +479,3 @@ def _change(item: Item, decided: verdict.Hold) -> settling.Change:
         wait_seconds=decided.wait_seconds,
         error=decided.error,
     )
-
-
-def _anything(_item: Item) -> bool:
-    return True

@@ -4,7 +4,8 @@
 | --- | --- |
 | confirmed | is done: deleted, with a receipt |
 | returned | waits as `unroutable`; done where nobody listening is fine |
-| nacked | waits as `retrying`, never gives up |
+| silent | waits as `retrying`, no attempt is counted |
+| nacked | waits as `retrying`, never gives up; no attempt is counted |
 | refused | waits as `retrying`, after `OUTBOX_MAX_ATTEMPTS` it is `dead` |
 | lost, or not sent | stays as it is and goes out again |
 """
@@ -50,7 +51,7 @@ class Hold:
     """Not delivered: the row waits in *state*, and later messages of its key wait with it."""
 
     state: State
-    #: Failed attempts in this state.
+    #: Failed attempts in this state; while `retrying` those of the message's own fault.
     attempts: int
     wait_seconds: float
     error: str
@@ -62,19 +63,23 @@ DONE = Done()
 AGAIN = Again()
 
 
-def of(row: Row, answer: Answer, policy: Policy, rng: random.Random) -> Verdict:
-    """Return what *answer* means for *row*."""
+def of(row: Row, answer: Answer, policy: Policy, rng: random.Random, nacks: int = 0) -> Verdict:
+    """Return what *answer* means for *row*, which was nacked *nacks* times before."""
     if answer.outcome is Outcome.CONFIRMED:
         return DONE
     if answer.outcome in (Outcome.LOST, Outcome.NOT_SENT):
         return AGAIN
     if answer.outcome is Outcome.RETURNED:
         return _returned(row, policy)
-    attempts = row.attempts + 1 if row.state == State.RETRYING else 1
+    attempts = row.attempts if row.state == State.RETRYING else 0
+    if answer.outcome is Outcome.SILENT:
+        error = f"not confirmed: a queue of {row.topic!r} is silent (without a majority?), while others answer"
+        return Hold(State.RETRYING, attempts, policy.backoff.wait(1, rng), error)
     detail = _clean(answer.detail)
-    wait = policy.backoff.wait(attempts, rng)
     if answer.outcome is Outcome.NACKED:
-        return Hold(State.RETRYING, attempts, wait, f"a queue refused it (full, or without a majority){detail}")
+        return Hold(State.RETRYING, attempts, policy.backoff.wait(nacks + 1, rng), f"a queue refused it (full){detail}")
+    attempts += 1
+    wait = policy.backoff.wait(attempts, rng)
     if attempts < policy.max_attempts:
         return Hold(State.RETRYING, attempts, wait, f"refused, attempt {attempts} of {policy.max_attempts}{detail}")
     return Hold(

@@ -178,7 +178,11 @@ def test_messages_with_a_queue_are_confirmed_and_are_in_it_byte_for_byte_in_the_
     answers = answered(broker, 301)
     assert {answer.outcome for answer in answers.values()} == {Outcome.CONFIRMED}
     assert all(answer.seconds > 0 for answer in answers.values())
-    assert stage.take(301) == [cloud_event(outgoing.message) for outgoing in sent]
+    taken = stage.take(301)
+    for topic in {outgoing.message.topic for outgoing in sent}:  # one that waits for answers keeps no other topic waiting
+        expected = [cloud_event(outgoing.message) for outgoing in sent if outgoing.message.topic == topic]
+        assert [body for body in taken if body in set(expected)] == expected
+    assert len(taken) == len(sent)
 
 
 def test_a_topic_without_a_queue_is_returned_and_its_neighbours_are_confirmed(stage: Stage, broker: Broker) -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
+from outbox import tables
+from outbox.relay import topics, verdict
 from outbox.relay.broker import Answer, Outcome
 from outbox.relay.item import Item
 from outbox.relay.lanes import Lanes, _Lane
@@ -141,6 +143,38 @@ def restored(engine: Engine) -> Verdict:
     return verdict_on(stage, [first, *new], [each for each in stage.delivered() if each.id in present])
 
 
+def a_silent_topic(engine: Engine) -> Verdict:
+    """The queue of one topic confirms nothing for ten minutes, then it has its majority back."""
+    silent = True
+    stage = Stage(engine, lambda each: Outcome.SILENT if silent and each.topic == "s" else Outcome.CONFIRMED, max_attempts=3)
+    written = [message(topic, topic, b"%d" % number) for number in range(10) for topic in ("s", "h")]
+    stage.write(*written)
+    for minute in range(20):
+        silent = minute < 10
+        for _ in range(8):
+            stage.make_due()
+            stage.turn(2, seconds=4.0)
+    return verdict_on(stage, written)
+
+
+def two_refusing_topics(engine: Engine) -> Verdict:
+    """Of two topics that refuse, one is well again; its first message waits behind one of the other, the next need not."""
+    refusing = {"v", "t"}
+    stage = Stage(engine, lambda each: Outcome.NACKED if each.topic in refusing else Outcome.CONFIRMED)
+    stage.write(*(message(topic, f"{topic}-{number}") for topic in "vt" for number in range(6)))
+    stage.turn(50)
+    with engine.begin() as connection:
+        connection.execute(sa.delete(tables.pending).where(tables.pending.c.state == "retrying"))
+    free = message("t", "free")
+    # The probes of v take their time to reach the one that holds the key of both.
+    stage.write(*(message("v", f"before-{n}") for n in range(60)), message("v", "both"), message("t", "both"), free)
+    refusing.remove("t")
+    for _ in range(60):
+        stage.make_due()
+        stage.turn(2, seconds=0.5)
+    return verdict_on(stage, [free], [each for each in stage.delivered() if each.key == "free"])
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +287,23 @@ def settled_by_id(patch: Patch) -> None:
     patch.setattr(settling, "_locked_rows", believed)
 
 
+def silence_blamed_on_a_message(patch: Patch) -> None:
+    decide = verdict.of
+
+    def blame(row: Any, answer: Answer, *rest: Any) -> verdict.Verdict:
+        return decide(row, replace(answer, outcome=_BLAME.get(answer.outcome, answer.outcome)), *rest)
+
+    patch.setattr(verdict, "of", blame)
+
+
+_BLAME = {Outcome.SILENT: Outcome.REFUSED}
+
+
+def a_probe_chosen_when_it_is_read(patch: Patch) -> None:
+    """The first row of the topic that is read asks, though it may have to wait."""
+    patch.setattr(topics, "_CANDIDATES", 1)
+
+
 MISTAKES = [
     (settled_without_a_confirm, in_all_weathers, "lost"),
     (not_mandatory, in_all_weathers, "lost"),
@@ -264,6 +315,8 @@ MISTAKES = [
     (no_question_by_key, overtaken, "reordered"),
     (a_cursor_that_never_goes_back, overtaken, "lost"),
     (settled_by_id, restored, "lost"),
+    (silence_blamed_on_a_message, a_silent_topic, "lost"),
+    (a_probe_chosen_when_it_is_read, two_refusing_topics, "lost"),
     (a_lease_that_nobody_looks_at, frozen_and_replaced, "duplicates"),
 ]
 

@@ -211,6 +211,39 @@ def acknowledge(session: Session, publish: Publish) -> None:
     session.ack(publish.tag)
 
 
+class SilentQueue:
+    """A script: confirms each publish at once, save those of *topics*, as a quorum queue without a majority does.
+
+    When 32 of them are unanswered it takes 200 more of any topic and then says nothing on that connection: RabbitMQ's flow
+    control, `quorum_commands_soft_limit` and `credit_flow_default_credit`.
+    """
+
+    def __init__(self, *topics: str) -> None:
+        self.topics = set(topics)
+        self._withheld: list[tuple[Session, Publish]] = []
+        self._stops_at: dict[Session, int] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, session: Session, publish: Publish) -> None:
+        with self._lock:
+            silent = publish.method.routing_key in self.topics
+            if silent and sum(each is session for each, _ in self._withheld) == 31:
+                self._stops_at[session] = publish.tag + 200
+            if silent or publish.tag > self._stops_at.get(session, publish.tag):
+                self._withheld.append((session, publish))
+            else:
+                session.ack(publish.tag)
+
+    def heal(self) -> None:
+        """Have the majority back: everything that was withheld is confirmed."""
+        with self._lock:
+            self.topics.clear()
+            for session, publish in self._withheld:
+                session.ack(publish.tag)
+            self._withheld.clear()
+            self._stops_at.clear()
+
+
 class ScriptedAmqp:
     """Listens on `127.0.0.1:port` from `start` to `stop`; as a context manager, inside it."""
 

@@ -169,6 +169,7 @@ class RabbitServer(ServerProcess):
         self.host = f"127.0.0.1:{self.port}"
         self._epmd: subprocess.Popen[bytes] | None = None
         self._alarmed = False
+        self._silenced: set[str] = set()
         self._epmd_port = epmd_port
         configuration = self._write(
             "rabbitmq.conf",
@@ -244,6 +245,7 @@ class RabbitServer(ServerProcess):
         """Shut down in order: clients see `connection.close` (320)."""
         self._end(signal.SIGTERM)
         self._alarmed = False
+        self._silenced.clear()
 
     def kill(self) -> None:
         """Crash: SIGKILL to the Erlang machine, with the queues' directory and the bindings on disk.
@@ -258,6 +260,7 @@ class RabbitServer(ServerProcess):
     def _crash(self) -> None:
         self._end(signal.SIGKILL, whole_group=True)
         self._alarmed = False
+        self._silenced.clear()
 
     def discard(self) -> None:
         """End node and port mapper, and remove the data."""
@@ -303,6 +306,16 @@ class RabbitServer(ServerProcess):
         self.ctl("set_vm_memory_high_watermark", "0.4")
         self._alarmed = False
 
+    def silence(self, queue: str) -> None:
+        """Let a quorum queue of the virtual host `/` say nothing: confirms are withheld, as when it has lost its majority."""
+        self.ctl("eval", f"sys:suspend(whereis('%2F_{queue}')).")
+        self._silenced.add(queue)
+
+    def answer_again(self, queue: str) -> None:
+        """Let *queue* work off what it was given meanwhile."""
+        self.ctl("eval", f"sys:resume(whereis('%2F_{queue}')).")
+        self._silenced.discard(queue)
+
     def heal(self) -> None:
         """As after the first start(), whatever was done to it; much cheaper than another node."""
         if not self.running:
@@ -311,6 +324,8 @@ class RabbitServer(ServerProcess):
         self.resume()
         if self._alarmed:
             self.clear_memory_alarm()
+        for queue in list(self._silenced):
+            self.answer_again(queue)
         self.management.empty()
 
 

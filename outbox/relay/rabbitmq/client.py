@@ -6,6 +6,8 @@ import contextlib
 import logging
 import random
 import threading
+import time
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,8 @@ from outbox.relay.broker import Answer, BrokerState, Cause, Outcome
 from outbox.relay.endings import Ending
 from outbox.relay.news import News
 from outbox.relay.rabbitmq.connection import parameters
-from outbox.relay.rabbitmq.link import Link, Terms
+from outbox.relay.rabbitmq.link import Link, Terms, unanswered
+from outbox.relay.rabbitmq.prober import Prober
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,6 +62,8 @@ class RabbitBroker:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="rabbitmq", daemon=True)
         self._news = News()
+        probing = replace(self._terms, parameters=parameters(parsed, f"{app_id} probing"))
+        self._prober = Prober(probing, self._answers.put)
 
     # --- the Broker protocol, called from the relay's thread --------------------------------------------------------------
 
@@ -73,12 +78,19 @@ class RabbitBroker:
                 return
         self._answers.put([Answer(each.token, Outcome.NOT_SENT, state.detail) for each in batch])
 
+    def probe(self, outgoing: Outgoing) -> None:
+        self._prober.ask(outgoing)
+
     def answers(self, timeout: float) -> list[Answer]:
         found: list[Answer] = []
         with contextlib.suppress(Empty):
             found += self._answers.get(timeout=max(timeout, 0.0))
             while True:
                 found += self._answers.get_nowait()
+        if any(answer.outcome is Outcome.SILENT for answer in found):
+            with self._lock:
+                if self._link is not None:
+                    self._link.known_to_be_silent()
         return found
 
     def wake(self) -> None:
@@ -88,12 +100,15 @@ class RabbitBroker:
         return self._state
 
     def stop(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
         self._stopping.set()
+        self._prober.request_close()
         with self._lock:
             if self._link is not None:
                 self._link.request_close(min(timeout / 2, _GOODBYE_SECONDS))
         if self._thread.is_alive():
             self._thread.join(timeout)
+        self._prober.join(max(0.0, deadline - time.monotonic()))
 
     # --- the I/O thread ---------------------------------------------------------------------------------------------------
 
@@ -133,11 +148,9 @@ class RabbitBroker:
 
     def _settle(self, link: Link, end: Ending) -> None:
         """Give every message that *link* still had its answer."""
-        in_flight, unwritten = link.abandon()
-        self._news.doubt(link.ready and bool(link.blocked or (not link.proven and (in_flight or unwritten))))
-        lost = Outcome.REFUSED if end.cause is Cause.MESSAGE and len(in_flight) == 1 else Outcome.LOST
-        self._answers.put([Answer(token, lost, end.detail, cause=end.cause) for token in in_flight])
-        self._answers.put([Answer(token, Outcome.NOT_SENT, end.detail, cause=end.cause) for token in unwritten])
+        answers = unanswered(link, end)
+        self._news.doubt(link.ready and bool(link.blocked or (not link.proven and answers)))
+        self._answers.put(answers)
 
     def _tell(self, end: Ending, *, was_ready: bool) -> None:
         if end.expected:

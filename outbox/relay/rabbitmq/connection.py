@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 #: The one channel of a connection.
 CHANNEL = 1
+#: Unless the URL says otherwise. pika looks every so many seconds plus five: a half-open connection on which nothing waits
+#: for an answer is noticed within 30 s.
+_HEARTBEAT_SECONDS = 10
 #: For each step of connecting: TCP, then TLS and the handshake.
 _CONNECT_SECONDS = 10.0
 
@@ -25,7 +28,7 @@ def parameters(url: AmqpUrl, app_id: str) -> pika.ConnectionParameters:
         port=url.port,
         virtual_host=url.vhost,
         credentials=pika.PlainCredentials(url.user, url.password),
-        heartbeat=url.heartbeat,
+        heartbeat=_HEARTBEAT_SECONDS if url.heartbeat is None else url.heartbeat,
         # No blocked_connection_timeout: silence while messages wait ends a blocked connection as well, and without any it
         # is good to know that the broker is blocked.
         ssl_options=pika.SSLOptions(context, url.server_name) if context is not None else None,

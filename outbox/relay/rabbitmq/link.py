@@ -2,9 +2,14 @@
 
 What a link writes:
 
-* the first message alone, so that one that makes the broker close connections takes no others with it;
-* then whatever it is given, up to `_MAX_BYTES_IN_FLIGHT`: pika buffers without limit what the socket does not take;
+* the first message alone, so that one that makes the broker close connections takes no others with it; a message that is
+  merely not answered keeps others waiting for a moment only;
+* then whatever it is given, in order, up to `_MAX_BYTES_IN_FLIGHT`: pika buffers without limit what the socket
+  does not take; and of one topic only what its answers make room for, because RabbitMQ stops reading from a connection that
+  has a few hundred messages for a queue that confirms nothing;
 * nothing while the broker says `connection.blocked`.
+
+A topic that is silent while others are answered is given up (`Outcome.SILENT`), and the connection goes on without it.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pika
 from pika.adapters.select_connection import IOLoop
@@ -20,10 +25,11 @@ from pika.adapters.select_connection import IOLoop
 from outbox import failpoints
 from outbox.relay import endings
 from outbox.relay.broker import Answer, Cause, Outcome
-from outbox.relay.confirms import Confirms, Flight, Unexpected
+from outbox.relay.confirms import ROOM, Confirms, Flight, Unexpected
 from outbox.relay.endings import Ending
 from outbox.relay.frames import FrameTooLarge, PublishEncoder
 from outbox.relay.rabbitmq.connection import CHANNEL, Connection
+from outbox.relay.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +41,13 @@ if TYPE_CHECKING:
 _MAX_BYTES_IN_FLIGHT = 8 * 1024 * 1024
 #: Bytes encoded at once, before the loop gets a chance to send them and to read answers.
 _BYTES_PER_WRITE = 128 * 1024
+#: Shares of the deadline for a confirm (10 s): a topic that is unanswered for half of it, and for a tenth of it when others
+#: were answered, is silent. After a quarter of it one that stops the whole connection, or is about to, is left with it.
+_SILENT, _STUCK, _BY, _BY_AT_LEAST = 1 / 2, 1 / 4, 1 / 10, 1 / 500
+#: How many times as long as usual a message must be unanswered, while others are answered, to be what stopped a connection.
+_UNUSUAL = 20.0
+#: How often that is looked at; and the share after which a first message without an answer keeps no others waiting.
+_LOOK, _ALONE = 1 / 40, 1 / 10
 #: How long the broker may take to open our channel, once it has let us in.
 _CHANNEL_SECONDS = 10.0
 #: How long pika may take to end a connection that is dropped.
@@ -53,8 +66,24 @@ class Terms:
     parameters: pika.ConnectionParameters
 
 
+class _Waiting(NamedTuple):
+    """A message that is not written yet."""
+
+    outgoing: Outgoing
+    message_id: str
+
+
+def unanswered(link: Link, end: Ending) -> list[Answer]:
+    """Return an answer for every message that *link*, which ended like that, still had."""
+    in_flight, unwritten = link.abandon()
+    lost = Outcome.REFUSED if end.cause is Cause.MESSAGE and len(in_flight) == 1 else Outcome.LOST
+    return [Answer(token, lost, end.detail, cause=end.cause) for token in in_flight] + [
+        Answer(token, Outcome.NOT_SENT, end.detail, cause=end.cause) for token in unwritten
+    ]
+
+
 class Owner(Protocol):
-    """Who is told what happens on a link, in the I/O thread."""
+    """Who is told what happens on a link, in its I/O thread."""
 
     def ready(self) -> None:
         """The link takes messages."""
@@ -82,10 +111,12 @@ class Link:
         self._connection: Any = None
         self._encoder: PublishEncoder
         self._confirms = Confirms()
-        #: Handed over by the other thread; taken into `_queue` by this one.
+        #: Handed over by the other thread; taken into `_turns` by this one.
         self._inbox: deque[Sequence[Outgoing]] = deque()
         #: Not written yet.
-        self._queue: deque[Outgoing] = deque()
+        self._turns: Turns[_Waiting] = Turns()
+        #: Topics given up, of which the relay does not know yet: what it hands over meanwhile is not written.
+        self._silent: set[str] = set()
         self._end: Ending | None = None
         self._write_scheduled = False
         #: When the last confirm came, or the first of the messages now unanswered: what silence is counted from.
@@ -105,6 +136,10 @@ class Link:
         """Write *batch* as soon as may be."""
         self._inbox.append(batch)
         self._loop.add_callback_threadsafe(self._take)
+
+    def known_to_be_silent(self) -> None:
+        """Write what is handed over from now on, also of topics that were given up: the relay knows of them."""
+        self._loop.add_callback_threadsafe(self._silent.clear)
 
     def request_close(self, seconds: float) -> None:
         """Say goodbye to the broker if all is answered; end in any case within about *seconds*."""
@@ -129,8 +164,9 @@ class Link:
 
     def abandon(self) -> tuple[list[int], list[int]]:
         """Return the tokens of all messages without an answer: those written, those not."""
-        unwritten = [outgoing.token for batch in (self._queue, *self._inbox) for outgoing in batch]
-        self._queue.clear()
+        unwritten = [each.outgoing.token for each in self._turns]
+        unwritten += [outgoing.token for batch in self._inbox for outgoing in batch]
+        self._turns.clear()
         self._inbox.clear()
         return self._confirms.abandon(), unwritten
 
@@ -201,47 +237,53 @@ class Link:
 
     @property
     def _unanswered(self) -> bool:
-        return bool(self._confirms or self._queue)
+        return bool(self._confirms or self._turns)
 
     def _take(self) -> None:
         if not self._unanswered:
             self._heard_at = time.monotonic()
         while self._inbox:
-            self._queue += self._inbox.popleft()
+            for outgoing in self._inbox.popleft():
+                if outgoing.message.topic in self._silent:
+                    self._owner.answered([self._not_sent(outgoing)])
+                else:
+                    self._turns.add(outgoing.message.topic, _Waiting(outgoing, str(outgoing.message.id)))
         self._write()
 
     def _write(self) -> None:
-        """Write one portion of the queue, as far as may be, and come back for the rest."""
+        """Write one portion of what waits, as far as may be, and come back for the rest."""
         self._write_scheduled = False
         if self._end is not None or self.blocked:
             return
         portion: list[bytes] = []
         size = 0
         now = time.monotonic()
-        while self._queue and size < _BYTES_PER_WRITE:
-            message_id = str(self._queue[0].message.id)
-            if not self._may_write(message_id):
-                break
-            outgoing = self._queue.popleft()
+        while size < _BYTES_PER_WRITE and (waiting := self._next(now)) is not None:
+            outgoing, message_id = waiting
             frames = self._encoded(outgoing, message_id)
             if frames is not None:
-                self._confirms.sent(Flight(outgoing.token, message_id, len(frames), now))
+                self._confirms.sent(Flight(outgoing.token, message_id, outgoing.message.topic, len(frames), now))
                 portion.append(frames)
                 size += len(frames)
         if portion:
             self._connection.write(b"".join(portion))
             if failpoints.armed("R2"):  # pika writes in the next turn of the loop, before the timers
                 self._loop.call_later(0, lambda: failpoints.reached("R2"))
-        if size >= _BYTES_PER_WRITE and self._queue and not self._write_scheduled:
+        if size >= _BYTES_PER_WRITE and self._turns and not self._write_scheduled:
             self._write_scheduled = True
             self._loop.add_callback_threadsafe(self._write)
 
-    def _may_write(self, message_id: str) -> bool:
-        in_flight = self._confirms
-        if not in_flight:
-            return True
+    def _next(self, now: float) -> _Waiting | None:
+        """Take the next message that may be written out of those that wait."""
+        if not self._turns or self._confirms.bytes_in_flight >= _MAX_BYTES_IN_FLIGHT:
+            return None
+        alone = bool(self._confirms) and not self.proven
+        if alone and now - self._heard_at < _ALONE * self._terms.confirm_timeout_seconds:
+            return None
+        # Who is not answered when alone may be of a silent topic: one of each other topic may show it.
+        may_topic = (lambda topic: not self._confirms.waits_for(topic)) if alone else self._confirms.room_for
         # A second message of an id waits for the first one's answer: a return names nothing but the id.
-        return self.proven and in_flight.bytes_in_flight < _MAX_BYTES_IN_FLIGHT and not in_flight.holds(message_id)
+        return self._turns.next(may_topic, lambda waiting: not self._confirms.holds(waiting.message_id))
 
     def _encoded(self, outgoing: Outgoing, message_id: str) -> bytes | None:
         try:
@@ -268,7 +310,7 @@ class Link:
         if not self.proven:
             self.proven = True
             self._owner.proven()
-        if self._queue and not self._write_scheduled:
+        if self._turns and not self._write_scheduled:
             self._write()
 
     def _on_return(self, _channel: Any, method: Any, properties: Any, _body: bytes) -> None:
@@ -285,15 +327,48 @@ class Link:
     # --- silence ----------------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Drop the connection when messages wait and no confirm came for the deadline; look again when it may be over."""
-        remaining = self._terms.confirm_timeout_seconds
-        if self._unanswered:
-            remaining += self._heard_at - time.monotonic()
-        if remaining > 0:
-            self._loop.call_later(remaining, self._watch)
-        else:
+        """See whether a topic, or the whole connection, is silent while messages wait; look again soon."""
+        deadline = self._terms.confirm_timeout_seconds
+        now = time.monotonic()
+        silence = now - self._heard_at if self._unanswered else 0.0
+        if silence >= deadline:
             cause, what = (Cause.BLOCKED, "it takes no messages") if self.blocked else (Cause.SILENCE, "no confirm came")
-            self._drop(f"{what} for {self._terms.confirm_timeout_seconds:g} s", cause)
+            self._drop(f"{what} for {deadline:g} s", cause)
+        elif not self.blocked and self._confirms:
+            self._leave_silent_topics(now, silence)
+            self._write()
+        if self._end is None:
+            self._loop.call_later(_LOOK * deadline, self._watch)
+
+    def _leave_silent_topics(self, now: float, silence: float) -> None:
+        """Give up the topics that are silent while others are answered; and the connection, if they stop it or soon will."""
+        deadline, overtaken = self._terms.confirm_timeout_seconds, self._confirms.overtaken
+        silent = overtaken(now, unanswered=_SILENT * deadline, by=_BY * deadline)
+        much = [
+            topic
+            for topic in overtaken(now, unanswered=_STUCK * deadline, by=_BY * deadline)
+            if self._confirms.waits_for(topic) > ROOM
+        ]
+        if silence >= _STUCK * deadline:  # what was answered before it stopped says who stopped it
+            by = max(_BY_AT_LEAST * deadline, _UNUSUAL * self._confirms.usual_seconds)
+            silent += overtaken(now, unanswered=_STUCK * deadline, by=by)
+        for topic in {*silent, *much}:
+            self._give_up(topic)
+        given_up = self._confirms.given_up()
+        if much or (given_up and self._confirms and silence >= _STUCK * deadline):
+            self._drop(f"no confirm came for {', '.join(sorted(given_up))}, which stops all others", Cause.SILENCE)
+
+    def _give_up(self, topic: str) -> None:
+        self._silent.add(topic)
+        unwritten = self._turns.remove(topic)
+        detail = "no confirm came, though later messages of other topics were answered"
+        self._owner.answered(
+            [Answer(token, Outcome.SILENT, detail, cause=Cause.SILENCE) for token in self._confirms.give_up(topic)]
+            + [self._not_sent(each.outgoing) for each in unwritten]
+        )
+
+    def _not_sent(self, outgoing: Outgoing) -> Answer:
+        return Answer(outgoing.token, Outcome.NOT_SENT, f"{outgoing.message.topic} is silent", cause=Cause.SILENCE)
 
     def _drop(self, why: str, cause: Cause) -> None:
         self._finish(Ending(f"dropped the connection to {self._terms.url}: {why}", cause=cause))

@@ -233,7 +233,8 @@ def test_a_nacked_message_is_retried_and_its_key_waits_for_it(engine: Engine) ->
         stage.make_due()
         stage.turn(10, seconds=1.0)
     assert stage.states() == ["retrying", "pending"]
-    assert stage.rows()[0].attempts > 6  # a message of its own fault would be dead after three
+    assert stage.rows()[0].attempts == 0
+    assert len(stage.broker.sent) > 6  # a message of its own fault would be dead after three
     assert stage.sequences("a") == [1]
     moods.by_body.clear()
     stage.make_due()
@@ -372,7 +373,7 @@ def test_a_deadline_of_our_own_is_held_against_no_message_however_often_it_passe
         stage.broker.connect()
         stage.make_due()
     stage.turn(8)
-    assert set(stage.states()) <= {"pending"}
+    assert set(stage.states()) <= {"pending", "retrying"}  # the topic may be said to be silent; nobody is dead
     assert [row.attempts for row in stage.rows()] == [0] * len(stage.rows())
 
 

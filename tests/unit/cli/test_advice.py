@@ -111,7 +111,7 @@ def test_an_unroutable_message_names_the_topic_that_nobody_takes() -> None:
 def test_a_refused_message_says_that_it_is_tried_again() -> None:
     refused = _stuck("retrying", attempts=3, last_error="nacked")
     assert _advice(retrying=1, pending=1, stuck=(refused,)).startswith(
-        f"message {refused.id}: a queue refuses 'session.modified' (attempt 3: nacked); it is tried again by itself"
+        f"message {refused.id}: 'session.modified' is not taken (nacked); it is tried again by itself"
     )
 
 

@@ -16,7 +16,7 @@ from outbox.relay.confirms import Confirms, Flight, Unexpected
 def sent(*tokens: int) -> Confirms:
     confirms = Confirms()
     for token in tokens:
-        confirms.sent(Flight(token, f"id-{token}", size=100, sent_at=1.0))
+        confirms.sent(Flight(token, f"id-{token}", "x", size=100, sent_at=1.0))
     return confirms
 
 
@@ -97,7 +97,7 @@ def test_one_message_id_cannot_be_in_flight_twice() -> None:
     confirms = sent(70)
     assert confirms.holds("id-70")
     with pytest.raises(ValueError, match="id-70 is in flight already"):
-        confirms.sent(Flight(71, "id-70", size=1, sent_at=0))
+        confirms.sent(Flight(71, "id-70", "x", size=1, sent_at=0))
     confirms.acked(1, multiple=False, now=1)
     assert not confirms.holds("id-70")
 
@@ -110,14 +110,104 @@ def test_what_is_abandoned_is_named_in_the_order_it_was_sent_and_forgotten() -> 
     assert (len(confirms), confirms.bytes_in_flight, confirms.abandon()) == (0, 0, [])
 
 
+# --- topics that say nothing ---------------------------------------------------------------------------------------------
+
+
+def flown(*flights: tuple[str, float]) -> Confirms:
+    """A channel with messages of these topics, written at these times; their tokens count from 1, as their tags do."""
+    confirms = Confirms()
+    for token, (topic, sent_at) in enumerate(flights, 1):
+        confirms.sent(Flight(token, f"id-{token}", topic, size=100, sent_at=sent_at))
+    return confirms
+
+
+def test_a_topic_is_overtaken_when_another_was_answered_while_it_was_overdue_already() -> None:
+    confirms = flown(("s", 0.0), ("h", 0.1), ("s", 0.2), ("h", 3.0))
+    assert confirms.overtaken(5.0, unanswered=5.0, by=1.0) == []
+    confirms.acked(2, multiple=False, now=0.2)  # written a moment later, answered at once: both may have waited for the disk
+    assert confirms.overtaken(5.0, unanswered=5.0, by=1.0) == []
+    confirms.acked(4, multiple=False, now=3.1)
+    assert confirms.overtaken(4.9, unanswered=5.0, by=1.0) == []
+    assert confirms.overtaken(5.0, unanswered=5.0, by=1.0) == ["s"]
+
+
+def test_a_broker_that_answers_nobody_names_no_topic() -> None:
+    confirms = flown(("a", 0.0), ("b", 0.1), ("c", 0.2))
+    assert confirms.overtaken(100.0, unanswered=5.0, by=1.0) == []
+
+
+def test_answers_to_what_was_written_before_and_to_the_same_topic_are_no_evidence() -> None:
+    confirms = flown(("h", 0.0), ("s", 0.1), ("s", 3.0))
+    confirms.acked(1, multiple=False, now=3.0)
+    confirms.acked(3, multiple=False, now=3.1)
+    assert confirms.overtaken(100.0, unanswered=5.0, by=1.0) == []
+
+
+def test_a_topic_that_was_answered_is_overdue_no_more() -> None:
+    confirms = flown(("s", 0.0), ("h", 3.0), ("s", 4.0))
+    confirms.acked(2, multiple=False, now=3.1)
+    confirms.acked(1, multiple=False, now=4.9)
+    assert confirms.overtaken(5.0, unanswered=5.0, by=1.0) == []
+
+
+def test_what_was_given_up_is_waited_for_no_more_and_its_late_answer_still_counts() -> None:
+    confirms = flown(("s", 0.0), ("h", 0.1), ("s", 0.2))
+    assert confirms.give_up("s") == [1, 3]
+    assert (len(confirms), confirms.bytes_in_flight, confirms.give_up("s")) == (1, 100, [])
+    assert confirms.overtaken(100.0, unanswered=5.0, by=0.0) == []
+    assert confirms.holds("id-1")
+    assert confirms.given_up() == {"s"}
+    assert outcomes(confirms.acked(3, multiple=True, now=60.0)) == dict.fromkeys((1, 2, 3), Outcome.CONFIRMED)
+    assert (len(confirms), confirms.bytes_in_flight, confirms.abandon()) == (0, 0, [])
+
+
+def fill(confirms: Confirms, topic: str, first: int, sent_at: float = 0.0) -> int:
+    """Write as many messages of *topic* as there is room for; return how many."""
+    written = 0
+    while confirms.room_for(topic):
+        token = first + written
+        confirms.sent(Flight(token, f"id-{token}", topic, size=1, sent_at=sent_at))
+        written += 1
+    return written
+
+
+def test_a_topic_gets_more_room_from_its_quick_answers_alone() -> None:
+    confirms, last, rooms = Confirms(), 0, []
+    for _ in range(6):
+        last += fill(confirms, "x", last + 1)
+        rooms.append(len(confirms))
+        confirms.acked(last, multiple=True, now=0.01)
+    assert rooms == [24, 48, 96, 128, 128, 128]
+
+
+def test_a_topic_without_answers_and_one_with_slow_ones_get_no_more_than_a_queue_bears() -> None:
+    confirms = Confirms()
+    assert fill(confirms, "x", 1) == 24
+    assert confirms.room_for("y")
+    confirms.acked(12, multiple=True, now=3.0)
+    assert fill(confirms, "x", 25) == 12
+
+
+def test_a_topic_that_had_much_room_and_became_slow_has_little_again() -> None:
+    confirms = Confirms()
+    last = fill(confirms, "x", 1)
+    confirms.acked(last, multiple=True, now=0.01)
+    last += fill(confirms, "x", last + 1)
+    assert len(confirms) == 48
+    confirms.acked(last, multiple=True, now=9.0)
+    assert fill(confirms, "x", last + 1) == 24
+
+
 @dataclass
 class Told:
     """What a model broker knows about one publish."""
 
     token: int
     message_id: str
+    topic: str
     returned: bool = False
     answered: bool = False
+    given_up: bool = False
 
 
 class AnyAnswers(RuleBasedStateMachine):
@@ -138,8 +228,9 @@ class AnyAnswers(RuleBasedStateMachine):
             in_flight = any(told.message_id == message_id and not told.answered for told in self.model)
             assert self.confirms.holds(message_id) == in_flight
             if not in_flight:
-                self.model.append(Told(1000 + len(self.model), message_id))
-                self.confirms.sent(Flight(self.model[-1].token, message_id, size=10, sent_at=0))
+                topic = f"topic-{number % 3}"
+                self.model.append(Told(1000 + len(self.model), message_id, topic))
+                self.confirms.sent(Flight(self.model[-1].token, message_id, topic, size=10, sent_at=0))
 
     @precondition(lambda self: self.open_tags())
     @rule(data=st.data(), multiple=st.booleans(), refuse=st.booleans())
@@ -172,10 +263,21 @@ class AnyAnswers(RuleBasedStateMachine):
             with pytest.raises(Unexpected):
                 self.confirms.acked(tag, multiple=multiple, now=1)
 
+    @rule(number=st.integers(0, 2))
+    def give_up(self, number: int) -> None:
+        topic = f"topic-{number}"
+        left = [told for told in self.model if told.topic == topic and not told.answered and not told.given_up]
+        assert self.confirms.give_up(topic) == [told.token for told in left]
+        for told in left:
+            told.given_up = True
+
     @invariant()
     def as_many_in_flight(self) -> None:
-        assert len(self.confirms) == len(self.open_tags())
-        assert self.confirms.bytes_in_flight == 10 * len(self.open_tags())
+        waited_for = [told for told in self.model if not told.answered and not told.given_up]
+        assert len(self.confirms) == len(waited_for)
+        assert self.confirms.bytes_in_flight == 10 * len(waited_for)
+        for topic in ("topic-0", "topic-1", "topic-2"):
+            assert self.confirms.waits_for(topic) == sum(told.topic == topic for told in waited_for)
 
     def teardown(self) -> None:
         assert self.confirms.abandon() == [self.model[tag - 1].token for tag in self.open_tags()]

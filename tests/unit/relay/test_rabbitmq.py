@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import socket
@@ -17,19 +18,21 @@ from hypothesis import strategies as st
 from pika import spec
 from pika.adapters.select_connection import IOLoop
 
+from outbox import amqp_url
 from outbox.backoff import Backoff
 from outbox.errors import ConfigurationError
 from outbox.message import cloud_event
 from outbox.relay import open_broker
 from outbox.relay.broker import Cause, Outcome, Outgoing
 from outbox.relay.rabbitmq import RabbitBroker
+from outbox.relay.rabbitmq.connection import parameters
 from outbox.relay.rabbitmq.link import Link
 from outbox.settings import Settings
 from tests.builders import message
 from tests.kit.outgoing import answered, batch, connected
 from tests.kit.ports import free_port
 from tests.kit.proxy import TO_CLIENT, TO_SERVER, Proxy
-from tests.kit.scripted_amqp import Publish, ScriptedAmqp, Session, acknowledge
+from tests.kit.scripted_amqp import Publish, ScriptedAmqp, Session, SilentQueue, acknowledge
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
@@ -345,6 +348,162 @@ def test_a_message_cut_in_the_middle_is_lost_and_sent_whole_the_next_time() -> N
         assert [publish.body for publish in server.session(2).publishes] == [cloud_event(sent[0].message)]
 
 
+# --- one queue that says nothing ------------------------------------------------------------------------------------------
+
+
+def read(
+    broker: RabbitBroker, until: Callable[[list[Answer]], bool], timeout: float = 10.0, interval: float = 0.0
+) -> list[Answer]:
+    """Collect answers until *until* says that they are enough."""
+    found: list[Answer] = []
+
+    def enough() -> bool:
+        found.extend(broker.answers(0.01))
+        return until(found)
+
+    eventually(enough, timeout, "the answers", interval)
+    return found
+
+
+def of(topic: str, count: int, first: int) -> list[Outgoing]:
+    return batch(count, first, topic=topic)
+
+
+def test_a_topic_that_is_silent_while_others_are_answered_is_named_and_stops_nobody() -> None:
+    with ScriptedAmqp(SilentQueue("s")) as server, relay_on(server, confirm_timeout_seconds=0.8) as broker:
+        broker.send([*of("h", 1, first=0), *of("s", 2, first=1)])
+        token = 10
+
+        def named(found: list[Answer]) -> bool:
+            nonlocal token
+            broker.send(of("h", 1, first=token))
+            token += 1
+            return sum(answer.outcome is Outcome.SILENT for answer in found) == 2
+
+        found = read(broker, named)
+        assert {answer.token for answer in found if answer.outcome is Outcome.SILENT} == {1, 2}
+        assert {answer.outcome for answer in found} == {Outcome.CONFIRMED, Outcome.SILENT}
+        assert all("later messages of other topics were answered" in a.detail for a in found if a.outcome is Outcome.SILENT)
+        assert broker.state().connected
+        with pytest.raises(AssertionError):
+            server.session(2, timeout=0.05)
+
+
+def test_a_silent_topic_that_answers_after_all_confirms_what_was_given_up() -> None:
+    silent = SilentQueue("s")
+    with ScriptedAmqp(silent) as server, relay_on(server, confirm_timeout_seconds=0.4) as broker:
+        broker.send([*of("h", 1, first=0), *of("s", 2, first=1)])
+        numbers = itertools.count(10)
+
+        def named(found: list[Answer]) -> bool:
+            broker.send(of("h", 1, first=next(numbers)))
+            return any(answer.outcome is Outcome.SILENT for answer in found)
+
+        read(broker, named)
+        silent.heal()
+        late = read(broker, lambda found: {1, 2} <= {answer.token for answer in found})
+        assert {answer.outcome for answer in late if answer.token in (1, 2)} == {Outcome.CONFIRMED}
+
+
+def test_a_silent_topic_gets_only_as_much_as_does_not_stop_the_connection() -> None:
+    with ScriptedAmqp(SilentQueue("s")) as server, relay_on(server, confirm_timeout_seconds=2.0) as broker:
+        broker.send(of("h", 1, first=0))
+        answered(broker, 1)
+        broker.send(of("s", 200, first=1))
+        for token in range(1000, 1100):
+            broker.send(of("h", 1, first=token))
+            answered(broker, 1, timeout=5)
+        assert sum(publish.method.routing_key == "s" for publish in server.session(1).publishes) == 24
+
+
+def test_a_topic_with_enough_in_flight_to_stop_the_whole_connection_is_left_with_it_before_it_does() -> None:
+    silent = SilentQueue()
+
+    def fall_silent_in_the_middle(session: Session, publish: Publish) -> None:
+        if len(session.publishes) == 300:
+            silent.topics.add("s")
+        silent(session, publish)
+
+    with ScriptedAmqp(fall_silent_in_the_middle) as server, relay_on(server, confirm_timeout_seconds=2.0) as broker:
+        # It takes much, and is given much at once.
+        broker.send([*of("h", 1, first=0), *of("s", 1000, first=1)])
+        given_up, lost = left_with_its_connection(broker)
+        server.session(2)
+    assert len(given_up) > 32
+    assert given_up <= set(range(1, 1001))
+    assert given_up <= lost
+
+
+def test_a_topic_that_stopped_the_whole_connection_is_left_with_it_long_before_the_deadline() -> None:
+    silent = SilentQueue("s")
+
+    def stop_all(session: Session, publish: Publish) -> None:
+        if publish.id != stopper[0]:
+            silent(session, publish)
+        else:
+            server.script = lambda *_: None
+
+    last = of("h", 1, first=99)
+    stopper = [str(last[0].message.id)]
+    with ScriptedAmqp(stop_all) as server, relay_on(server, confirm_timeout_seconds=2.0) as broker:
+        broker.send(of("h", 1, first=0))
+        answered(broker, 1)
+        broker.send(of("s", 10, first=1))
+        server.session(1).wait_for(11)
+        numbers = itertools.count(100)
+
+        def enough(found: list[Answer]) -> bool:
+            broker.send(of("h", 1, first=next(numbers)))
+            return len(found) >= 15
+
+        read(broker, enough, interval=0.02)
+        broker.send(last)
+        given_up, lost = left_with_its_connection(broker)
+        server.session(2)
+    assert given_up == set(range(1, 11))
+    assert given_up | {99} <= lost
+
+
+def left_with_its_connection(broker: RabbitBroker) -> tuple[set[int], set[int]]:
+    """Send a little of another topic until the connection is left; return who was given up and who was lost with it."""
+    numbers = itertools.count(10_000)
+
+    def left(found: list[Answer]) -> bool:
+        broker.send(of("h", 1, first=next(numbers)))
+        return Outcome.LOST in {answer.outcome for answer in found}
+
+    found = read(broker, left, interval=0.02)
+    undecided = [answer for answer in found if answer.outcome in (Outcome.SILENT, Outcome.LOST)]
+    assert {answer.cause for answer in undecided} == {Cause.SILENCE}
+    assert all(
+        "no confirm came for s, which stops all others" in each.detail for each in undecided if each.outcome is Outcome.LOST
+    )
+    silent = {answer.token for answer in undecided if answer.outcome is Outcome.SILENT}
+    return silent, {answer.token for answer in undecided if answer.outcome is Outcome.LOST}
+
+
+def test_a_first_message_that_is_not_answered_keeps_other_topics_waiting_for_a_moment_only() -> None:
+    with ScriptedAmqp(SilentQueue("s")) as server, relay_on(server, confirm_timeout_seconds=1.0) as broker:
+        broker.send([*of("s", 5, first=1), *of("h", 5, first=10)])
+        found = read(broker, lambda found: sum(answer.outcome is Outcome.CONFIRMED for answer in found) == 5)
+        assert {answer.token for answer in found} == {10, 11, 12, 13, 14}
+        assert server.session(1).publishes[1].method.routing_key == "h"
+        assert broker.state().connected
+
+
+def test_a_message_whose_id_is_in_flight_keeps_nobody_behind_it_waiting() -> None:
+    with ScriptedAmqp() as server, relay_on(server) as broker:
+        session = server.session(1)
+        proven(broker, session)
+        same = message()
+        broker.send([Outgoing(1, same), Outgoing(2, same), *batch(3, first=3)])
+        session.wait_for(5)
+        session.ack(5, multiple=True)
+        assert outcomes(answered(broker, 4)) == dict.fromkeys((1, 3, 4, 5), Outcome.CONFIRMED)
+        session.ack(len(session.wait_for(6)))
+        assert outcomes(answered(broker, 1)) == {2: Outcome.CONFIRMED}
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -578,7 +737,7 @@ def test_a_mistake_of_ours_loses_the_connection_and_nothing_else(
 ) -> None:
     with ScriptedAmqp(acknowledge) as server, relay_on(server) as broker:
         with monkeypatch.context() as broken:
-            broken.setattr(Link, "_may_write", lambda *_: 1 / 0)
+            broken.setattr(Link, "_next", lambda *_: 1 / 0)
             broker.send([Outgoing(1, message(body=b'"the secret of the conference"'))])
             answers = answered(broker, 1)
         assert outcomes(answers) == {1: Outcome.NOT_SENT}
@@ -721,6 +880,11 @@ def test_a_url_that_cannot_be_used_is_refused_at_once(url: str, problem: str) ->
     with pytest.raises(ConfigurationError, match=problem) as refused:
         RabbitBroker(url, exchange="openevent")
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("query", "seconds"), [("", 10), ("?heartbeat=0", 0), ("?heartbeat=60", 60)])
+def test_a_half_open_connection_is_noticed_soon_unless_the_url_says_otherwise(query: str, seconds: int) -> None:
+    assert parameters(amqp_url.parse(f"amqp://user:secret@127.0.0.1/{query}"), "outbox").heartbeat == seconds
 
 
 # --- TLS ------------------------------------------------------------------------------------------------------------------

@@ -53,13 +53,22 @@ def test_a_returned_message_of_which_nobody_needs_to_hear_is_done() -> None:
 
 def test_a_nacked_message_never_gives_up_and_backs_off_with_full_jitter() -> None:
     waits = []
-    for attempts in range(40):
-        found = of(Outcome.NACKED, row(State.RETRYING, attempts))
+    for nacks in range(40):
+        answer = Answer(1, Outcome.NACKED)
+        found = verdict.of(row(State.RETRYING, 2), answer, POLICY, random.Random(nacks), nacks)
         assert isinstance(found, Hold)
-        assert (found.state, found.attempts) == (State.RETRYING, attempts + 1)
-        assert 0.0 <= found.wait_seconds <= POLICY.backoff.ceiling(attempts + 1)
+        assert (found.state, found.attempts) == (State.RETRYING, 2)  # one more of its own fault would be the last
+        assert 0.0 <= found.wait_seconds <= POLICY.backoff.ceiling(nacks + 1)
         waits.append(found.wait_seconds)
     assert max(waits) > 60.0
+
+
+@pytest.mark.parametrize("state", [State.PENDING, State.RETRYING])
+def test_a_message_of_a_silent_topic_waits_and_no_attempt_is_counted(state: State) -> None:
+    found = of(Outcome.SILENT, row(state, 0 if state is State.PENDING else 2))
+    assert isinstance(found, Hold)
+    assert (found.state, found.attempts) == (State.RETRYING, 0 if state is State.PENDING else 2)
+    assert "'session.modified' is silent" in found.error
 
 
 def test_a_refused_message_is_retried_and_then_dead_until_a_person_decides() -> None:
