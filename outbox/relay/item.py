@@ -50,8 +50,8 @@ class Item:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing is wrong with it so far: it was never held, and can be a message."""
-        return self.row.state == State.PENDING and not self.problem
+        """Whether nothing is wrong with it so far: it was never held, can be a message, and goes past no other."""
+        return self.row.state == State.PENDING and not self.problem and not self.passes
 
     @property
     def order(self) -> tuple[int, int]:

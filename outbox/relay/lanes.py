@@ -290,7 +290,6 @@ class Lanes:
                 continue
             following: Item | None = item
             while following is not None and self._fits(following) and (following is item or allow(following)):
-                following.passes = item.passes
                 self._start(following)
                 taken.append(following)
                 following = self._neighbour(following) if self._may_fly(item.row.topic, window) else None
@@ -374,7 +373,7 @@ class Lanes:
     def _mark(self, item: Item) -> None:
         """Remember how far its key has come; not past what a person may requeue: that would have to go next."""
         key, sequence = item.row.key, item.row.sequence
-        if key is None or sequence is None or item.stale or item.passes:
+        if key is None or sequence is None or item.stale or item.passes or self._lanes[key].blocks:
             return
         self._delivered[key] = sequence
         self._delivered.move_to_end(key)
@@ -383,6 +382,7 @@ class Lanes:
 
     def hold(self, item: Item) -> None:
         """It was not delivered: what is loaded of its key is dropped and nothing more is loaded until the hold is seen."""
+        self._delivered.pop(item.row.key or "", None)  # a neighbour that flew with it may have arrived before
         self._block(item)
 
     def _block(self, item: Item) -> None:

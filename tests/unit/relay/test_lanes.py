@@ -379,3 +379,18 @@ def test_a_message_that_went_past_an_unheard_one_says_nothing_about_the_next_of_
     load(held, row(4, "a", 4, "y"))
     held.done(flying(held, 3))
     assert take(held) == [4]
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_a_neighbour_that_arrived_without_the_one_before_it_says_nothing_about_the_next_of_its_key(
+    order: tuple[int, int],
+) -> None:
+    held = lanes(neighbours=True)
+    load(held, row(1, "a", 1, "x"), row(2, "a", 2, "y"))
+    assert take(held) == [1, 2]
+    for id_ in order:
+        (held.hold if id_ == 1 else held.done)(flying(held, id_))
+    held.settled([1, 2])
+    held.read_returned(held.read_began())
+    held.load([item(row(3, "a", 3, "y"))])
+    assert held.unproven() == [3]

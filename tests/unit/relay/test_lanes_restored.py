@@ -188,7 +188,7 @@ def test_the_model_finds_what_a_restore_does_to_a_relay_that_believes_in_numbers
     mistaken: type[RestoredModel], complaint: str
 ) -> None:
     def travel_often() -> None:
-        for seed in range(400):
+        for seed in range(740, 4000):  # one of the first few, and no matter which
             travel(mistaken(), Random(seed))
 
     with pytest.raises(AssertionError, match=complaint):
