@@ -17,6 +17,7 @@ from outbox.http import Health, Server
 from outbox.logs import say
 from outbox.relay import open_broker, telemetry
 from outbox.relay.availability import Availability
+from outbox.relay.counting import Counting
 from outbox.relay.listen import Listener
 from outbox.relay.pump import Limits, Pump
 from outbox.relay.shards import Shards, boottime
@@ -39,8 +40,6 @@ OK, TRY_LATER = 0, 75
 #: The longest a turn waits for answers: heartbeats and signals are looked at this often.
 _TURN_SECONDS = 0.25
 _HEARTBEAT_SECONDS = 1.0
-#: A census looks at every pending row: at most this often, and at most about a fiftieth of the time.
-_CENSUS_SECONDS, _CENSUS_SPACING = 2.0, 50.0
 _FORGET_SECONDS = 3600.0
 #: A loop that has not turned for this long, though no database made it wait, hangs.
 _LIVE_SECONDS = 30.0
@@ -136,7 +135,7 @@ class Relay:
         self._hindered = ""
         self._stopping = False
         self._state = "starting"
-        self._beat_at = self._census_at = self._forget_at = 0.0
+        self._beat_at = self._forget_at = 0.0
         self._turned_at = self._progress_at = clock()
         self._passes = 0
         self._woken = False
@@ -162,6 +161,7 @@ class Relay:
         if server:
             server.start()
         listener = Listener(self._engine, self.wake, self._settings.poll_seconds)
+        counting = Counting(self._engine)
         self._broker.start()
         try:
             if not self._await_schema():
@@ -169,6 +169,7 @@ class Relay:
             say(log, logging.INFO, "relay.started", f"relay {self.id} publishes to exchange {self._settings.exchange!r}")
             if self._mode is Mode.RUN:
                 listener.start()
+                counting.start()
             try:
                 code = self._work()
             except BrokerError:
@@ -178,6 +179,7 @@ class Relay:
             return code
         finally:
             listener.stop()
+            counting.stop()
             self._broker.stop(_STOP_BROKER_SECONDS)
             if server:
                 server.stop()
@@ -307,12 +309,6 @@ class Relay:
                 if now >= self._forget_at:
                     self._forget_at = now + _FORGET_SECONDS
                     leases.forget_old(connection)
-        if now >= self._census_at and self._mode is Mode.RUN:
-            began = self._clock()
-            with database.reading(self._engine).connect() as connection:
-                telemetry.show(drain.census(connection))
-            ended = self._clock()
-            self._census_at = ended + max(_CENSUS_SECONDS, (ended - began) * _CENSUS_SPACING)
 
     def _trouble(self, connection: Connection, now: float) -> str:
         """Return what hinders it, and say so once."""

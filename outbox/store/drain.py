@@ -347,12 +347,18 @@ def census(connection: Connection) -> Census:
     sent = pending.c.state.in_([State.PENDING, State.RETRYING, State.UNROUTABLE])
     scheduled = connection.scalar(sa.select(sa.func.count()).where(sent, ~due), parameters)
     held = connection.scalar(sa.select(sa.func.count(pending.c.key.distinct())).where(pending.c.state.in_(HOLDING)))
-    oldest = sa.select(pending.c.message_row).where(pending.c.state == State.PENDING, due).order_by(pending.c.id).limit(1)
+    return Census(by_state=by_state, scheduled=scheduled or 0, held_keys=held or 0, lag_seconds=lag(connection))
+
+
+def lag(connection: Connection) -> float:
+    """Return the age in seconds of the oldest message that is pending and due; 0 where there is none."""
+    moment = now(connection.dialect.name)
+    due = sa.and_(pending.c.state == State.PENDING, pending.c.available_at <= moment)
+    oldest = sa.select(pending.c.message_row).where(due).order_by(pending.c.id).limit(1).scalar_subquery()
     row = connection.execute(
-        sa.select(message.c.created_at, moment.label("now")).where(message.c.id == oldest.scalar_subquery()), parameters
+        sa.select(message.c.created_at, moment.label("now")).where(message.c.id == oldest), clock(connection.dialect.name)
     ).first()
-    lag = max(0.0, (row.now - row.created_at).total_seconds()) if row else 0.0
-    return Census(by_state=by_state, scheduled=scheduled or 0, held_keys=held or 0, lag_seconds=lag)
+    return max(0.0, (row.now - row.created_at).total_seconds()) if row else 0.0
 
 
 def is_trouble(error: Exception) -> bool:
