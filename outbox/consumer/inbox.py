@@ -131,6 +131,12 @@ def lock_marks(connection: Connection, service: str, keys: Collection[Key]) -> d
     return marks
 
 
+def lock_mark_if_free(connection: Connection, service: str, key: Key) -> bool:
+    """Lock what is known of *key*, which exists, until the transaction ends; False where another transaction has it locked."""
+    query = sa.select(_key.c.key).where(_at(_key, service, key)).with_for_update(skip_locked=True)
+    return connection.execute(query).one_or_none() is not None
+
+
 def write_marks(connection: Connection, service: str, marks: Mapping[Key, Mark]) -> None:
     """Write *marks*. A sequence only rises and a hold only begins here; `free` ends it."""
     if not marks:

@@ -111,7 +111,12 @@ def _version_2(op: Operations) -> None:
     op.add_column("consumer_parked", sa.Column("waiting_since", Timestamp))
 
 
-CONSUMER = History(name="consumer", steps=(_version_1, _version_2), command="outbox consumer migrate NAME")
+def _version_3(op: Operations) -> None:
+    """Which process began the replay of a parked message: only those that died count against it."""
+    op.add_column("consumer_parked", sa.Column("starter", sa.String(36)))
+
+
+CONSUMER = History(name="consumer", steps=(_version_1, _version_2, _version_3), command="outbox consumer migrate NAME")
 
 
 def history(typed: str) -> History:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _parked, _key, _counter, _process = tables.parked, tables.key, tables.counter, tables.process
 _SUMS = [sa.func.coalesce(sa.func.sum(_counter.c[name]), 0).label(name) for name in ("applied", "duplicates", "late", "gaps")]
+#: Parked messages that a process replays at once, on SQLite one.
+REPLAYERS = 4
 _USUAL = timedelta(seconds=SEEN_SECONDS)
 _ALIVE = 8 * _USUAL
 
@@ -40,9 +42,9 @@ def open_engine(service: Service, settings: Settings) -> Engine:
     url = str(settings.consumer_database_url).replace("{service}", service.name)
     if sa.make_url(url).get_backend_name() == "sqlite":
         return database.create_engine(url, role=database.Role.SERVICE)
-    # A connection for each worker, the redriver, upkeep, background work, and one to spare. Not asked whether it is alive each
-    # time it is taken, which would be a sixth of a small transaction: one that fails is made again, and the work with it.
-    spare = 3 + len(service.backgrounds)
+    # A connection for each worker and each replay, upkeep, background work, and one to spare. Not asked whether it is alive
+    # each time it is taken, which would be a sixth of a small transaction: one that fails is made again, and the work with it.
+    spare = 2 + min(settings.consumer_workers, REPLAYERS) + len(service.backgrounds)
     size = settings.consumer_workers + spare
     return database.create_engine(url, role=database.Role.SERVICE, name=service.name, pool_size=size, pool_pre_ping=False)
 

@@ -143,9 +143,9 @@ def write(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def due(connection: Connection, service: str, now: datetime, limit: int) -> list[Row[Any]]:
-    """Return messages that are due (id, source, key, starts); whether their turn has come is another question."""
+    """Return messages that are due (id, source, key, due_at, starts); whether their turn has come is another question."""
     query = (
-        sa.select(parked.c.id, parked.c.source, parked.c.key, parked.c.starts)
+        sa.select(parked.c.id, parked.c.source, parked.c.key, parked.c.due_at, parked.c.starts)
         .where(parked.c.service == service, parked.c.state == State.DUE, parked.c.due_at <= now)
         .order_by(parked.c.due_at, parked.c.id)
         .limit(limit)
@@ -171,15 +171,9 @@ def lock(connection: Connection, row_id: int) -> Row[Any] | None:
     return connection.execute(query.with_for_update(skip_locked=True)).one_or_none()
 
 
-def count_start(connection: Connection, row_id: int) -> int:
-    """Record that a replay begins and return how often one began without an end, this one included."""
-    statement = sa.update(parked).where(parked.c.id == row_id).values(starts=parked.c.starts + 1).returning(parked.c.starts)
-    return int(connection.execute(statement).scalar_one())
-
-
-def forget_starts(connection: Connection, row_id: int) -> None:
-    """Record that no replay of a message is under way."""
-    connection.execute(sa.update(parked).where(parked.c.id == row_id).values(starts=0))
+def write_starts(connection: Connection, row_id: int, starts: int, process: str | None) -> None:
+    """Record in how many processes the replay of a message began and did not end, and the last of them."""
+    connection.execute(sa.update(parked).where(parked.c.id == row_id).values(starts=starts, starter=process))
 
 
 def set_aside_again(connection: Connection, row_id: int, aside: Aside, *, holds: bool) -> None:
@@ -194,6 +188,7 @@ def set_aside_again(connection: Connection, row_id: int, aside: Aside, *, holds:
             detail=aside.detail or None,
             attempts=parked.c.attempts + aside.attempts,
             starts=0,
+            starter=None,
             holds=holds,
             due_at=aside.due_at,
             waiting_since=aside.since,
@@ -225,7 +220,7 @@ def move_up(connection: Connection, service: str, key: Key, now: datetime) -> No
 
 def requeue(connection: Connection, row: Row[Any], actor: str, now: datetime) -> None:
     """Let the worker try *row* again: now, or when those before it in its key are gone."""
-    values: dict[str, Any] = {"state": State.DUE, "due_at": now, "starts": 0, "waiting_since": None}
+    values: dict[str, Any] = {"state": State.DUE, "due_at": now, "starts": 0, "starter": None, "waiting_since": None}
     if row.key is not None:
         key = (row.source, row.key)
         (mark,) = inbox.lock_marks(connection, row.service, [key]).values()

@@ -89,7 +89,8 @@ parked = sa.Table(
     sa.Column("holds", sa.Boolean, nullable=False),  # later messages of its key wait for it
     sa.Column("late", sa.Boolean, nullable=False),  # as it was on arrival
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),  # how often a handler failed on it
-    sa.Column("starts", sa.Integer, nullable=False, server_default="0"),  # replays begun and not ended: crashes
+    sa.Column("starts", sa.Integer, nullable=False, server_default="0"),  # processes that began to replay it and did not end
+    sa.Column("starter", sa.String(36)),  # the last of them
     sa.Column("error", sa.Text),  # one line
     sa.Column("detail", sa.Text),  # the traceback
     sa.Column("created_at", Timestamp),  # when it was sent

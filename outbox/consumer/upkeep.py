@@ -58,7 +58,8 @@ class Upkeep:
         self._service = service
         self._engine = engine
         self._retention = timedelta(seconds=retention_seconds)
-        self._id = str(uuid.uuid4())
+        #: By which the tables know this process.
+        self.id = str(uuid.uuid4())
         self._started_at = datetime.now(UTC)
         self._view = _View()
         self._looked_at = 0.0
@@ -119,7 +120,7 @@ class Upkeep:
         with self._engine.begin() as connection:
             statement = inbox.insert(connection.dialect.name, _process).values(
                 service=name,
-                id=self._id,
+                id=self.id,
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 version=outbox.__version__,
@@ -150,6 +151,25 @@ class Upkeep:
         with self._engine.begin() as connection:
             old = _process.c.seen_at < datetime.now(UTC) - timedelta(days=_PROCESS_DAYS)
             connection.execute(sa.delete(_process).where(_process.c.service == self._service.name, old))
+
+
+def lives(connection: Connection, service: str, process: str, now: datetime) -> bool:
+    """Say whether the process *process* of *service* still runs, as far as its row tells."""
+    query = sa.select(_process).where(_process.c.service == service, _process.c.id == process)
+    row = connection.execute(query).one_or_none()
+    if row is None or row.state != "running" or now - row.seen_at > timedelta(seconds=8 * SEEN_SECONDS):
+        return False
+    return row.host != socket.gethostname() or _is_there(row.pid)
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def prune(connection: Connection, service: str, before: datetime, limit: int) -> int:

@@ -108,10 +108,10 @@ class Runtime:
         batch = service.batch or settings.consumer_batch
         # What one worker takes no other has: of a small prefetch each gets its share.
         share = max(1, settings.consumer_prefetch // workers)
-        attempts = [self._attempts(number, policy) for number in range(workers + 1)]
+        attempts = [self._attempts(number, policy) for number in range(workers + min(workers, operate.REPLAYERS))]
         self._pool = Pool(attempts[:workers], self._waiting, batch=min(batch, share), wake=self._wake)
-        self._redriver = Redriver(attempts[workers], turnstile, self._stopping, batch=batch)
         self._upkeep = Upkeep(service, engine, retention_seconds=settings.inbox_retention_seconds)
+        self._redriver = Redriver(attempts[workers:], turnstile, self._stopping, batch=batch, process=self._upkeep.id)
         self._backgrounds = [background.Worker(service.name, each, engine) for each in service.backgrounds]
 
     def _expected_seconds(self, arrival: Arrival) -> float:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 import threading
+import uuid
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sqlalchemy as sa
 
-from outbox.consumer import Outcome, Reject, operate
-from outbox.consumer.attempts import Attempts, Pause, Turnstile
+from outbox.consumer import Outcome, Reject, operate, tables
+from outbox.consumer.attempts import Attempts, Pause, Policy, Turnstile
 from outbox.consumer.delivery import Deliveries, now_utc
-from outbox.consumer.redrive import Redriver
+from outbox.consumer.redrive import Redriver, Replays
 from outbox.consumer.tables import Reason, State
 from outbox.database import create_engine
 from outbox.errors import OutboxError
@@ -33,12 +35,30 @@ class Place(Stage):
         self.stopping = threading.Event()
         self.attempts, self.redriver = self.process()
 
-    def process(self, clock: Callable[[], datetime] = now_utc) -> tuple[Attempts, Redriver]:
+    def process(
+        self, clock: Callable[[], datetime] = now_utc, *, name: str = "", policy: Policy = QUICK, replayers: int = 1
+    ) -> tuple[Attempts, Redriver]:
         """Return what another process of the service would have."""
-        deliveries = Deliveries(self.recorder.service, self.engine, worker=0, clock=clock)
-        pause = Pause("exports", QUICK, self.stopping, random.Random(1))
-        attempts = Attempts(deliveries, QUICK, pause, random.Random(1))
-        return attempts, Redriver(attempts, Turnstile(), self.stopping, batch=10)
+        all_attempts = []
+        for number in range(replayers):
+            deliveries = Deliveries(self.recorder.service, self.engine, worker=number, clock=clock)
+            pause = Pause("exports", policy, self.stopping, random.Random(1))
+            all_attempts.append(Attempts(deliveries, policy, pause, random.Random(1)))
+        name = name or str(uuid.uuid4())
+        return all_attempts[0], Redriver(all_attempts, Turnstile(patience_seconds=0.2), self.stopping, batch=10, process=name)
+
+    def is_seen(self, name: str, *, at: datetime | None = None) -> None:
+        """Let the row of the process *name*, on another host, say that it was alive at *at*."""
+        now = at or now_utc()
+        row = {"service": "exports", "id": name, "host": "elsewhere", "pid": 1, "version": "1", "state": "running"}
+        with self.engine.begin() as connection:
+            connection.execute(sa.delete(tables.process).where(tables.process.c.id == name))
+            connection.execute(tables.process.insert(), {**row, "connected": True, "started_at": now, "seen_at": now})
+
+    def was_begun(self, starts: int, by: str | None) -> None:
+        """Let the replay of every parked message have begun in *starts* processes, *by* being the last."""
+        with self.engine.begin() as connection:
+            connection.execute(sa.update(tables.parked).values(starts=starts, starter=by))
 
     def arrive(self, *messages: Any) -> None:
         self.attempts.settle([arrival(each) for each in messages], lambda _settled: None)
@@ -298,3 +318,105 @@ def test_parked_messages_are_listed_by_state_reason_topic_and_key(engine: Engine
     assert listed(reason=Reason.FAILED) == [1]
     assert listed(topic="room.modified") == listed(key="b") == [1]
     assert [each.sequence for each in operate.parked_list(engine, service, limit=2)] == [1, 2]
+
+
+# --- several processes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_replay_that_a_living_process_began_is_left_to_it_and_a_dead_one_counts_as_a_death(engine: Engine) -> None:
+    place = Place(engine, before=failing_on(1))
+    place.arrive(*series("a", 1))
+    place.arrive(message(1))
+    place.recorder.before = None
+    place.requeue()
+    place.is_seen("another")
+    place.was_begun(1, "another")
+    assert not place.redriver.look()
+    assert place.numbers == []
+    place.is_seen("another", at=now_utc() - timedelta(minutes=1))
+    place.replay()
+    assert place.numbers == [1, 1]
+
+
+@pytest.mark.parametrize("by", ["another", None])
+def test_a_message_whose_replay_killed_as_many_processes_as_allowed_is_parked_as_that(engine: Engine, by: str | None) -> None:
+    place = Place(engine, before=failing_on(1))
+    place.arrive(*series("a", 1))
+    place.requeue()
+    place.was_begun(QUICK.max_attempts, by)
+    place.replay()
+    (entry,) = place.entries
+    assert (entry.reason, entry.state) == (Reason.CRASHED, State.PARKED)
+    assert entry.error == f"the process died {QUICK.max_attempts} times while replaying it"
+
+
+def test_a_process_that_begins_a_replay_again_counts_once(engine: Engine) -> None:
+    place = Place(engine, before=failing_on(1))
+    place.arrive(*series("a", 1))
+    place.requeue()
+    (row,) = place.parked
+    mine, others = (Replays(place.deliveries, name) for name in ("mine", "another"))
+    key = (row.source, row.key)
+    assert [mine.begin(row.id, key) for _ in range(3)] == [1, 1, 1]
+    assert others.begin(row.id, key) == 2  # nobody has seen the first one
+    others.end(row.id)
+    assert mine.begin(row.id, key) == 1
+
+
+@pytest.mark.postgres
+def test_processes_that_all_replay_failing_messages_never_say_that_one_died(postgres_url: str) -> None:
+    def fail(_received: Any, _session: Any) -> None:
+        raise ValueError("no")
+
+    place = Place(create_engine(postgres_url), before=fail)
+    place.arrive(*(message(number, key=f"key:{number % 5}" if number % 2 else None, sequence=number) for number in range(20)))
+    once = Policy(max_attempts=1)
+    processes = [place.process(name=str(number), policy=once)[1] for number in range(3)]
+    for number in range(3):
+        place.is_seen(str(number))
+
+    def replay(redriver: Redriver) -> None:
+        while any(each.state == State.DUE for each in place.entries):
+            redriver.look()
+
+    for _ in range(3):
+        place.requeue()
+        threads = [threading.Thread(target=replay, args=(each,), daemon=True) for each in processes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert {each.reason for each in place.entries} <= {Reason.FAILED, Reason.BEHIND}
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("starts", [0, 1])
+def test_a_replay_that_hangs_in_another_process_is_left_to_it_without_a_wait(postgres_url: str, starts: int) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hang(received: Any, _session: Any) -> None:
+        if received.key == "hung":
+            inside.set()
+            go_on.wait(30)
+
+    place = Place(create_engine(postgres_url), before=failing_on(1))
+    place.arrive(message(1, key="hung", sequence=1), message(1, key="a", sequence=1))
+    place.recorder.before = hang
+    place.requeue()
+    place.was_begun(starts, "a dead one" if starts else None)
+    _, standby = place.process(replayers=2)
+    standby.start()  # with a second thread, for the other key
+    assert inside.wait(10)
+    eventually(lambda: place.status.parked == 1, what="the other key to be replayed all the same")
+    looks: list[bool] = []
+    active = threading.Thread(target=lambda: looks.append(place.redriver.look()), daemon=True)
+    active.start()
+    active.join(10)
+    assert looks == [False]
+    with place.redriver._turnstile.shared():
+        pass  # it keeps nobody out
+    assert not standby.idle
+    go_on.set()
+    eventually(lambda: place.status.parked == 0, what="the hung one to be applied")
+    place.stopping.set()
+    eventually(lambda: not standby.working, what="its end")

@@ -496,3 +496,33 @@ def test_the_turnstile_turns_again_after_an_error_inside() -> None:
     for guard in (turnstile.shared, turnstile.alone, turnstile.shared):
         with pytest.raises(ValueError, match="x"), guard():
             raise ValueError("x")
+
+
+def entered(guard: Any) -> threading.Event:
+    """Enter *guard* in a thread of its own, for ever; return the event of being inside."""
+    inside = threading.Event()
+
+    def stay() -> None:
+        with guard:
+            inside.set()
+            threading.Event().wait(20)
+
+    threading.Thread(target=stay, daemon=True).start()
+    return inside
+
+
+def test_nobody_waits_for_long_for_work_that_hangs_whoever_it_is() -> None:
+    turnstile = Turnstile(patience_seconds=0.05)
+    assert entered(turnstile.shared()).wait(10)
+    assert entered(turnstile.alone()).wait(10), "a suspect waits for a handler that hangs"
+    assert entered(turnstile.shared()).wait(10), "others wait for a suspect that hangs"
+    assert entered(turnstile.alone()).wait(10), "a suspect waits for another that hangs"
+
+
+def test_who_has_hung_for_long_is_not_waited_for_again() -> None:
+    now = [0.0]
+    turnstile = Turnstile(patience_seconds=3600.0, clock=lambda: now[0])
+    assert entered(turnstile.shared()).wait(10)
+    now[0] += 3601.0
+    with turnstile.alone():
+        assert not entered(turnstile.shared()).wait(0.05)

@@ -74,7 +74,7 @@ class ParkingMachine(RuleBasedStateMachine):
         stopping = threading.Event()
         pause = Pause("exports", POLICY, stopping, random.Random(1))
         self.attempts = Attempts(deliveries, POLICY, pause, random.Random(1))
-        self.redriver = Redriver(self.attempts, Turnstile(), stopping, batch=limit)
+        self.redriver = Redriver([self.attempts], Turnstile(), stopping, batch=limit, process="1")
         self.numbers = itertools.count(1)
         self.sequences = {key: itertools.count(1) for key in KEYS}
         self.sent: dict[int, Sent] = {}
