@@ -61,6 +61,7 @@ class Link:
         self._transport = _transport(url, name)
         self._polled = self._transport.driver_type != "amqp"
         self._channels: list[tuple[Any, Acks]] = []
+        self._received = False
         try:
             self._raw = self._transport.establish_connection()
         except (AccessRefused, NotAllowed) as error:
@@ -120,6 +121,7 @@ class Link:
                 )
             )
             acks.delivered(info["delivery_tag"], arrival)
+            self._received = self._received or not dead
             on_arrival(arrival)
 
         channel.basic_qos(0, prefetch, False)  # per consumer: RabbitMQ 4.3 refuses a global one
@@ -200,6 +202,10 @@ class Link:
     def in_hand(self) -> list[Arrival]:
         """Return what was delivered and is not settled."""
         return [arrival for _, acks in self._channels for arrival in acks.unsettled()]
+
+    def has_emptied(self, topology: Topology) -> bool:
+        """Say whether the queues are empty, and we are who emptied them: one that waits for its turn can't tell."""
+        return self._received and not self.in_hand() and self.backlog(topology) == 0 and not self.in_hand()
 
     def backlog(self, topology: Topology) -> int:
         """Return how many messages of the service's queues were not delivered to anybody."""

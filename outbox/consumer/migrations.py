@@ -116,7 +116,14 @@ def _version_3(op: Operations) -> None:
     op.add_column("consumer_parked", sa.Column("starter", sa.String(36)))
 
 
-CONSUMER = History(name="consumer", steps=(_version_1, _version_2, _version_3), command="outbox consumer migrate NAME")
+def _version_4(op: Operations) -> None:
+    """How many messages a process may hold: a successor that may hold fewer would see those it gave back out of order."""
+    op.add_column("consumer_process", sa.Column("prefetch", sa.Integer))
+
+
+CONSUMER = History(
+    name="consumer", steps=(_version_1, _version_2, _version_3, _version_4), command="outbox consumer migrate NAME"
+)
 
 
 def history(typed: str) -> History:

@@ -164,6 +164,7 @@ process = sa.Table(
     sa.Column("version", sa.String(32), nullable=False),
     sa.Column("state", sa.String(12), nullable=False),  # running, stopped
     sa.Column("connected", sa.Boolean, nullable=False),
+    sa.Column("prefetch", sa.Integer),  # how many messages the queue may hand it at once; none: it was seen empty since
     sa.Column("started_at", Timestamp, nullable=False),
     sa.Column("seen_at", Timestamp, nullable=False),
     sa.Column("oldest_at", Timestamp),  # when the oldest message in its hands was sent

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 import outbox
 from outbox.consumer import inbox, parking, tables, telemetry
 from outbox.consumer.blocked import Blocked
+from outbox.consumer.transaction import reading
 from outbox.database import autocommitting
 from outbox.logs import say
 
@@ -60,6 +61,9 @@ class Upkeep:
         self._retention = timedelta(seconds=retention_seconds)
         #: By which the tables know this process.
         self.id = str(uuid.uuid4())
+        #: How many messages its connection may hold at once.
+        self.prefetch: int | None = None
+        self._queue_was_empty = False
         self._started_at = datetime.now(UTC)
         self._view = _View()
         self._looked_at = 0.0
@@ -93,6 +97,10 @@ class Upkeep:
         caught_up = self._view.caught_up_at if in_hand else datetime.now(UTC)
         self._view = _View(connected=True, oldest_at=min(sent, default=None), caught_up_at=caught_up)
 
+    def queue_was_empty(self) -> None:
+        """Take notice that nothing is left of what earlier processes held."""
+        self._queue_was_empty = True
+
     def _run(self) -> None:
         while not self._ended.wait(SEEN_SECONDS if self._looked_at else 0.1):
             self._try_to_write("running")
@@ -118,6 +126,10 @@ class Upkeep:
     def _write(self, state: str) -> None:
         view, name = self._view, self._service.name
         with self._engine.begin() as connection:
+            if self._queue_was_empty:  # those that live write their own again
+                others = sa.and_(_process.c.service == name, _process.c.id != self.id)
+                connection.execute(sa.update(_process).where(others).values(prefetch=None))
+                self._queue_was_empty = False
             statement = inbox.insert(connection.dialect.name, _process).values(
                 service=name,
                 id=self.id,
@@ -130,8 +142,9 @@ class Upkeep:
                 seen_at=datetime.now(UTC),
                 oldest_at=view.oldest_at,
                 caught_up_at=view.caught_up_at,
+                prefetch=self.prefetch,
             )
-            changing = ("state", "connected", "seen_at", "oldest_at", "caught_up_at")
+            changing = ("prefetch", "state", "connected", "seen_at", "oldest_at", "caught_up_at")
             connection.execute(
                 statement.on_conflict_do_update(
                     index_elements=[_process.c.service, _process.c.id],
@@ -151,6 +164,13 @@ class Upkeep:
         with self._engine.begin() as connection:
             old = _process.c.seen_at < datetime.now(UTC) - timedelta(days=_PROCESS_DAYS)
             connection.execute(sa.delete(_process).where(_process.c.service == self._service.name, old))
+
+
+def largest_prefetch(engine: Engine, service: str) -> int:
+    """Return how many messages an earlier process of *service* may have held, since its queue was last seen empty."""
+    query = sa.select(sa.func.max(_process.c.prefetch)).where(_process.c.service == service)
+    with reading(engine) as connection:
+        return int(connection.scalar(query) or 0)
 
 
 def lives(connection: Connection, service: str, process: str, now: datetime) -> bool:

@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from outbox import failpoints, http, stopping
 from outbox.backoff import Backoff
-from outbox.consumer import background, operate, topology
+from outbox.consumer import background, operate, topology, upkeep
 from outbox.consumer.amqp_errors import ConsumerCancelled
 from outbox.consumer.attempts import Attempts, Pause, Policy, Turnstile
 from outbox.consumer.delivery import Deliveries
@@ -58,6 +58,8 @@ _TURN_SECONDS = 0.5
 _LAST_TURN_SECONDS = 0.05
 #: Different reasons said while the broker is away; more are the same one in ever other words.
 _REASONS = 20
+#: How often it looks whether the queue is empty, while that makes a difference.
+_EMPTY_SECONDS = 1.0
 #: A loop that did not turn for so long is stuck.
 _STUCK_SECONDS = 60.0
 
@@ -94,6 +96,8 @@ class Runtime:
         self._stopping = threading.Event()
         self._link: Link | None = None
         self._consuming = self._consumed_before = False
+        self._prefetch = settings.consumer_prefetch
+        self._asked_at = 0.0
         self._lost = ""
         #: What was said of the broker since it was last there.
         self._said: set[str] = set()
@@ -176,6 +180,7 @@ class Runtime:
         def ask() -> None:
             try:
                 operate.check(self._service, self._engine, migrate_first=self._url.startswith("embedded:"))
+                self._choose_prefetch()
             except BaseException as error:  # noqa: BLE001 - raised again by who waits for the answer
                 answer.set_exception(error)
             else:
@@ -187,6 +192,33 @@ class Runtime:
                 answer.result()
                 return True
         return False
+
+    def _choose_prefetch(self) -> None:
+        """Never take fewer messages at once than an earlier process may have given back.
+
+        RabbitMQ returns what a process held to the front of the queue, and what its successor held behind the rest of that:
+        a successor that takes fewer, and ends too, has changed the order.
+        """
+        wanted = self._settings.consumer_prefetch
+        # The embedded broker starts from the lowest row, however many somebody held.
+        earlier = 0 if self._url.startswith("embedded:") else upkeep.largest_prefetch(self._engine, self._service.name)
+        self._prefetch = self._upkeep.prefetch = max(wanted, earlier)
+        if earlier > wanted:
+            sentence = f"CONSUMER_PREFETCH={wanted} begins when the queue has been empty; until then {earlier}, as before"
+            self._say("consumer.prefetch_kept", sentence)
+
+    def _lower_prefetch(self, link: Link) -> bool:
+        """Say whether a smaller prefetch may begin now, with another connection; asks the broker at most once a second."""
+        wanted = self._settings.consumer_prefetch
+        if self._prefetch <= wanted or time.monotonic() - self._asked_at < _EMPTY_SECONDS:
+            return False
+        self._asked_at = time.monotonic()
+        if not link.has_emptied(self._topology):
+            return False
+        self._prefetch = self._upkeep.prefetch = wanted
+        self._upkeep.queue_was_empty()
+        self._say("consumer.prefetch_lowered", f"the queue was empty: from now on CONSUMER_PREFETCH={wanted}")
+        return True
 
     def _end(self) -> int:
         """Wait for the work in hand, acknowledge it, drop the connection; return the exit code."""
@@ -249,6 +281,9 @@ class Runtime:
                     connected_at = time.monotonic()
                     if self._pool.crash is not None or (self._drain and self._is_drained(link)):
                         self.stop()
+                    elif self._lower_prefetch(link):
+                        self._drop()
+                        link = self._connect()
             except (ConfigurationError, BrokerError) as error:
                 self._drop()
                 if not self._consumed_before:
@@ -268,7 +303,7 @@ class Runtime:
 
     def _connect(self) -> Link:
         self._link = link = Link(self._url, name=f"{self._service.name} {socket.gethostname()}:{os.getpid()}")
-        link.consume(self._topology, self._settings.consumer_prefetch, self._arrived)
+        link.consume(self._topology, self._prefetch, self._arrived)
         self._consuming = self._consumed_before = True
         self._lost = ""
         self._said.clear()

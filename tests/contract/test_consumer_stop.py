@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from outbox.consumer.arrival import Arrival
     from outbox.message import Received
+    from outbox.settings import Settings
 
 
 @pytest.fixture(params=["rabbitmq", "embedded"])
@@ -187,3 +188,56 @@ def test_whatever_was_acknowledged_in_between_the_rest_of_each_key_comes_again_i
             assert reader.sequences(key) == list(range(done[key] + 1, done[key] + 1 + len(reader.got[key])))
             done[key] += reader.settled[key]
     assert done == {**count, "hung": 0}
+
+
+class Hanging:
+    """A handler that hangs from the message after *last* on, and fails when it is let go."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.let_go = threading.Event()
+
+    def __call__(self, message: Received, _session: Session) -> None:
+        if (message.sequence or 0) > self.last:
+            self.let_go.wait(30)
+            raise ValueError("let go")
+
+
+@pytest.mark.postgres
+def test_a_smaller_prefetch_begins_when_the_queue_has_been_empty(broker_url: str, postgres_url: str) -> None:
+    def settings(prefetch: int) -> Settings:
+        more = {"CONSUMER_PREFETCH": str(prefetch), "OUTBOX_SHUTDOWN_TIMEOUT": "200ms"}
+        return settings_for(broker_url, postgres_url, **more)
+
+    for prefetch, last in ((20, 0), (5, 2)):
+        handler = Hanging(last)
+        service = Running(Recorder(before=handler, batch=1).service, settings(prefetch)).start()
+        if last == 0:
+            Desk(broker_url).publish(*series("event:1", 30))
+        applied(service, last)
+        in_hand(service, 20)  # the second one too takes as many as the first gave back
+        assert service.stop() == 1
+        handler.let_go.set()
+    recorder = Recorder(batch=1)
+    third = Running(recorder.service, settings(5)).start()
+    applied(third, 30)
+    assert recorder.numbers(third.engine) == list(range(1, 31))
+    assert third.status().late_total == 0
+    eventually(lambda: third.runtime._prefetch == 5, 20, "the smaller prefetch to begin")
+    eventually(lambda: third.runtime.ready().ok, 20, "its connection")
+    third.stop()
+    fourth = Running(recorder.service, settings(5)).start()
+    assert fourth.runtime._prefetch == 5
+    fourth.stop()
+
+
+def applied(service: Running, count: int) -> None:
+    eventually(lambda: service.status().applied_total == count, 20, f"{count} to be applied")
+
+
+def in_hand(service: Running, count: int) -> None:
+    def found() -> bool:
+        link = service.runtime._link
+        return link is not None and len(link.in_hand()) == count
+
+    eventually(found, 20, f"{count} messages in hand")
