@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Row
 
     from outbox.consumer.arrival import Arrival, Key
-    from outbox.consumer.attempts import Attempts, Turnstile
+    from outbox.consumer.attempts import Attempts
     from outbox.consumer.delivery import Deliveries
     from outbox.consumer.transaction import HandlerSession
+    from outbox.consumer.turnstile import Turnstile
 
 log = logging.getLogger(__name__)
 

@@ -23,12 +23,13 @@ from outbox import failpoints, http, stopping
 from outbox.backoff import Backoff
 from outbox.consumer import background, operate, topology, upkeep
 from outbox.consumer.amqp_errors import ConsumerCancelled
-from outbox.consumer.attempts import Attempts, Pause, Policy, Turnstile
+from outbox.consumer.attempts import Attempts, Pause, Policy
 from outbox.consumer.delivery import Deliveries
 from outbox.consumer.failures import is_refusal, is_transient
 from outbox.consumer.link import Link, shown
 from outbox.consumer.pool import Pool
 from outbox.consumer.redrive import Redriver
+from outbox.consumer.turnstile import Turnstile
 from outbox.consumer.upkeep import Upkeep
 from outbox.consumer.waiting import Waiting
 from outbox.consumer.watch import Watch

@@ -12,10 +12,11 @@ import pytest
 import sqlalchemy as sa
 
 from outbox.consumer import Outcome, Reject, operate, tables
-from outbox.consumer.attempts import Attempts, Pause, Policy, Turnstile
+from outbox.consumer.attempts import Attempts, Pause, Policy
 from outbox.consumer.delivery import Deliveries, now_utc
 from outbox.consumer.redrive import Redriver, Replays
 from outbox.consumer.tables import Reason, State
+from outbox.consumer.turnstile import Turnstile
 from outbox.database import create_engine
 from outbox.errors import OutboxError
 from tests.consuming import QUICK, Stage, arrival, message, series

@@ -16,11 +16,12 @@ from sqlalchemy.exc import ProgrammingError
 from outbox.backoff import Backoff
 from outbox.consumer import Reject, Retry, Service, attempts
 from outbox.consumer.arrival import Arrival, read
-from outbox.consumer.attempts import Attempts, Pause, Policy, Stopping, Turnstile
+from outbox.consumer.attempts import Attempts, Pause, Policy, Stopping
 from outbox.consumer.delivery import Settled
 from outbox.consumer.outcomes import Incomplete, Outcome
 from outbox.consumer.tables import Reason
 from outbox.consumer.transaction import Conflict, Transient
+from outbox.consumer.turnstile import Turnstile
 from outbox.message import cloud_event
 from tests.consuming import TOPIC, message
 from tests.kit.waiting import eventually

@@ -22,10 +22,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from outbox.backoff import Backoff
 from outbox.consumer import Reject, Retry, operate, tables
 from outbox.consumer.arrival import Arrival, read
-from outbox.consumer.attempts import Attempts, Pause, Policy, Turnstile
+from outbox.consumer.attempts import Attempts, Pause, Policy
 from outbox.consumer.delivery import Deliveries
 from outbox.consumer.redrive import Redriver
 from outbox.consumer.tables import State
+from outbox.consumer.turnstile import Turnstile
 from outbox.database import prepare
 from outbox.message import cloud_event
 from tests.consuming import Recorder, message, rows
