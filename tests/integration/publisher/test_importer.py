@@ -1,36 +1,28 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
 
-from publisher import CHECKOUT, database, importer, openevent
+from publisher import database, importer, openevent
 from publisher.database import changing
 from tests.integration.publisher.conftest import Api, application, data_of
 from tests.integration.publisher.test_publisher_messages import ReadModel, told_by
+from tests.kit.conferences import FERRY, HARBOUR, INVENTED, LIGHTHOUSE, PYCON, REAL, SAMPLES, Export, one, together
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from click.testing import Result
 
     from outbox import Message
 
-SAMPLES = CHECKOUT / "tests" / "data"
 SUMMIT = SAMPLES / "open_event_2018"
-DATA = Path(os.environ.get("OPEN_EVENT_DATA", CHECKOUT.parent / "shared" / "data"))
 KINDS = ("tracks", "microlocations", "speakers", "sessions")
-
-
-def real(name: str) -> Path:
-    """Return the folder of a real conference; without it these tests prove nothing, so they fail."""
-    folder = DATA / name
-    assert folder.is_dir(), f"no export of {name} in {DATA}; set OPEN_EVENT_DATA to the folder that holds the conferences"
-    return folder
 
 
 def run(api: Api, folder: Path) -> Result:
@@ -188,52 +180,115 @@ def test_the_summary_says_what_was_not_taken_and_why(sqlite_api: Api, tmp_path: 
     assert "Importing" in result.stderr
 
 
-REAL = {
-    "FOSSASIASummit2018": {"event": 1, "tracks": 14, "microlocations": 17, "speakers": 341, "sessions": 371},
-    "OpenTechSummit2018": {"event": 1, "tracks": 1, "microlocations": 1, "speakers": 14, "sessions": 12},
-    # One session is listed twice; three ids are shared by two speakers each, who are all kept.
-    "PyCon17": {"event": 1, "tracks": 5, "microlocations": 18, "speakers": 143, "sessions": 146},
-}
+# --- whole conferences --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_a_real_conference_is_imported_whole_and_once(api: Api, sent: list[Message], name: str) -> None:
-    summary = load(api, real(name))
+def bring(api: Api, export: Export) -> dict[str, Any]:
+    """Import a whole conference as a person does; return the summary."""
+    result = api.app.test_cli_runner().invoke(args=["import", *export.arguments])
+    assert result.exit_code == 0, result.output
+    summary: dict[str, Any] = json.loads(result.stdout)
+    return summary
+
+
+@pytest.mark.parametrize("export", [one(export) for export in (*INVENTED, *REAL)])
+def test_a_conference_is_imported_whole_and_once(api: Api, sent: list[Message], export: Export) -> None:
+    summary = bring(api, export)
     known = ReadModel()
     known.hear(sent)
 
-    assert counts(summary, "created") == REAL[name]
+    assert counts(summary, "created") == export.created
     assert known.events == told_by(api)
-    assert len(sent) == 1 + sum(REAL[name][kind] for kind in ("microlocations", "speakers", "sessions"))
+    assert len(sent) == export.messages
     assert max(len(message.body) for message in sent) < 64 * 1024
     sent.clear()
 
-    again = load(api, real(name))
+    again = bring(api, export)
     assert counts(again, "created") == counts(again, "updated") == {}
     assert sent == []
 
 
-def test_all_real_conferences_live_in_one_database(sqlite_url: str) -> None:
+@pytest.mark.parametrize("exports", [together("invented", *INVENTED), together("real", *REAL)])
+def test_many_conferences_live_in_one_database(sqlite_url: str, exports: tuple[Export, ...]) -> None:
     api = Api(application(sqlite_url))
 
-    ids = {name: load(api, real(name))["event_id"] for name in REAL}
+    ids = [bring(api, export)["event_id"] for export in exports]
 
-    for name, event_id in ids.items():
-        assert {kind: len(api.all(f"/v1/events/{event_id}/{kind}")) for kind in KINDS}.items() <= REAL[name].items()
+    assert len(set(ids)) == len(exports)
+    for event_id, export in zip(ids, exports, strict=True):
+        assert {kind: len(api.all(f"/v1/events/{event_id}/{kind}")) for kind in KINDS} == {
+            kind: export.created.get(kind, 0) for kind in KINDS
+        }
     database.of(api.app).engine.dispose()
 
 
-def test_nobody_loses_their_talk_where_two_people_share_an_id(sqlite_api: Api) -> None:
-    event_id = load(sqlite_api, real("PyCon17"))["event_id"]
+@pytest.mark.parametrize("export", [one(HARBOUR), one(PYCON)])
+def test_nobody_loses_their_talk_where_two_people_share_an_id(sqlite_api: Api, export: Export) -> None:
+    event_id = bring(sqlite_api, export)["event_id"]
     speakers = {speaker["id"]: speaker["name"] for speaker in sqlite_api.all(f"/v1/events/{event_id}/speakers")}
+    sessions = sqlite_api.all(f"/v1/events/{event_id}/sessions")
+
+    told = {session["external_id"]: [speakers[id] for id in session["speaker_ids"]] for session in sessions}
+
+    (path,) = export.folder.glob("sessions*")
+    rows = reversed(json.loads(path.read_text(encoding="utf-8")))  # of two listings of one session the first counts
+    listed = {str(row["id"]): [speaker["name"].strip() for speaker in row["speakers"]] for row in rows}
+    spelled_right = {id for id, names in listed.items() if set(names) <= set(speakers.values())}
+    assert {id: told[id] for id in spelled_right} == {id: listed[id] for id in spelled_right}
+    assert len(spelled_right) >= 3
+
+
+def test_a_person_whose_name_was_cut_short_in_a_session_is_found_by_id(sqlite_api: Api) -> None:
+    event_id = bring(sqlite_api, HARBOUR)["event_id"]
+    (cut,) = (each for each in sqlite_api.all(f"/v1/events/{event_id}/speakers") if each["name"].startswith("Henrike"))
+    (knots,) = (each for each in sqlite_api.all(f"/v1/events/{event_id}/sessions") if each["title"] == "Knots")
+    assert cut["id"] in knots["speaker_ids"]
+
+
+def test_two_conferences_with_one_identifier_are_never_merged(api: Api, sent: list[Message]) -> None:
+    bring(api, HARBOUR)
+    before = told_by(api)
+    sent.clear()
+
+    refused = run(api, FERRY.folder)
+
+    assert refused.exit_code == 1
+    assert "the export is of 'Ferry Week'" in refused.stderr
+    assert "that of 'HarbourCon 2017' (2017-05-17 to 2017-05-25)" in refused.stderr
+    assert (told_by(api), sent) == (before, [])
+
+
+def test_links_and_texts_arrive_as_they_were_written(sqlite_api: Api) -> None:
+    event_id = bring(sqlite_api, LIGHTHOUSE)["event_id"]
+
+    event = sqlite_api.get(f"/v1/events/{event_id}")
     sessions = {session["external_id"]: session for session in sqlite_api.all(f"/v1/events/{event_id}/sessions")}
 
-    def names(session: str) -> list[str]:
-        return [speakers[speaker_id] for speaker_id in sessions[session]["speaker_ids"]]
+    more = "?event=4711&region=EU&currency=EUR&copy=2&section=3"
+    assert event["ticket_url"] == f"https://tickets.example.org/e/c0a57a1d/{more}"
+    assert sessions["9001"]["signup_url"] == f"https://seats.example.org/9001{more}"
+    assert sessions["9001"]["starts_at"] == "2018-04-14T04:45:00Z"  # 10:30 in a zone of +05:45
+    assert sessions["9002"]["title"] == "霧の中の光 — الضوء في الضباب 🌫️"
+    assert [sessions["9003"][name] for name in ("starts_at", "track_id", "microlocation_id", "speaker_ids")] == [None] * 3 + [
+        []
+    ]
 
-    assert names("64") == ["Jiaqi Liu"]
-    assert names("65") == ["Eleanor Stribling"]
-    assert names("77") == ["Michele Pratusevich"]
+
+def test_what_a_conference_holds_and_we_do_not_take_is_said(sqlite_api: Api) -> None:
+    told = {(note["file"], note["detail"], note["id"]) for note in bring(sqlite_api, FERRY)["notes"]}
+
+    assert told >= {
+        ("event.json", "its times are missing or the wrong way round; taken from the sessions", None),
+        ("event.json", "longitude left out: it must be from -180 to 180", None),
+        ("microlocations.json", "is empty", None),
+        ("speakers.json", "skipped: no id", None),
+        ("speakers.json", "skipped: no name", "8"),
+        ("speakers.json", "skipped: no JSON object", None),
+        ("sessions.json", "slides_url left out: it must be a link that begins with http://, https:// or /", "64"),
+        ("sessions.json", "names a row that is not in microlocations.json", "64"),
+        ("sessions.json", "its state is unknown here; taken as pending", "66"),
+        ("sessions.json", "speakers left out: no list", "66"),
+    }
 
 
 # --- what is another's, and what is gone --------------------------------------------------------------------------------
