@@ -13,8 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from outbox.capture.outbox import Outbox
     from outbox.errors import CaptureError, ConfigurationError, InvalidMessage, OutboxError, SchemaError
-    from outbox.extension import Outbox
     from outbox.message import Message
     from outbox.tables import include_object
 
@@ -35,7 +35,7 @@ _HOMES = {
     "ConfigurationError": "outbox.errors",
     "InvalidMessage": "outbox.errors",
     "Message": "outbox.message",
-    "Outbox": "outbox.extension",
+    "Outbox": "outbox.capture.outbox",
     "OutboxError": "outbox.errors",
     "SchemaError": "outbox.errors",
     "include_object": "outbox.tables",

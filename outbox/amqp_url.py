@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote
 
-from outbox import masking
 from outbox.errors import ConfigurationError
+from outbox.process import masking
 
 if TYPE_CHECKING:
     import ssl

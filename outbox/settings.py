@@ -20,11 +20,12 @@ from typing import Any
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from outbox import amqp_url, duration, masking
+from outbox import amqp_url
 from outbox.database import dialects
 from outbox.errors import ConfigurationError, InvalidMessage
-from outbox.logs import say
 from outbox.message import check_name
+from outbox.process import duration, masking
+from outbox.process.logs import say
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from consumers.exports.icalendar_files import ical, xcal
 from consumers.exports.pentabarf import pentabarf
 from outbox.consumer.failures import place as place_of
 from outbox.errors import ConfigurationError
-from outbox.logs import say
+from outbox.process.logs import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

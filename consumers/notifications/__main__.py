@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from consumers.notifications import model, service
 from consumers.notifications.sender import now_utc
 from outbox import settings
-from outbox.consumer import operate
+from outbox.consumer import operating
 from outbox.database import reading
 from outbox.errors import OutboxError
 
@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("letter", nargs="*", type=int, help="a letter that was given up, to be handed in again")
     asked = parser.parse_args(arguments)
     try:
-        engine = operate.open_engine(service, settings.load(environ=os.environ, folder=Path.cwd()))
-        operate.check(service, engine)
+        engine = operating.open_engine(service, settings.load(environ=os.environ, folder=Path.cwd()))
+        operating.check(service, engine)
         click.echo(_again(engine, asked.letter) if asked.letter else _listed(engine))
     except (OutboxError, sa.exc.SQLAlchemyError) as error:
         click.echo(f"Error: {getattr(error, 'orig', None) or error}", err=True)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote
 
 from consumers.notifications.mime import parse_sender
-from outbox import masking
 from outbox.errors import ConfigurationError
+from outbox.process import masking
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

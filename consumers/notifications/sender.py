@@ -10,7 +10,7 @@ from consumers.notifications import model
 from consumers.notifications.mail import Away, Verdict, hand_in
 from consumers.notifications.mime import encoded, message_id
 from outbox.database import reading
-from outbox.logs import say
+from outbox.process.logs import say
 
 if TYPE_CHECKING:
     import smtplib

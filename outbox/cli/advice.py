@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from outbox.cli import text
 
 if TYPE_CHECKING:
-    from outbox.store.overview import Overview, Relay, Stuck
+    from outbox.store.status import Overview, Relay, Stuck
 
 #: A relay that was not heard of for this long is taken for gone; it writes a heartbeat several times in that time.
 SILENT_SECONDS = 15.0

@@ -15,8 +15,8 @@ from outbox.cli.repairs import confirm
 from outbox.errors import ConfigurationError, OutboxError
 
 if TYPE_CHECKING:
-    from outbox.consumer import queues
-    from outbox.consumer.operate import Status
+    from outbox.consumer import provisioning
+    from outbox.consumer.operating import Status
     from outbox.consumer.topology import Queue
 
 _json = click.option("--json", "as_json", is_flag=True, help="For machines.")
@@ -52,10 +52,10 @@ def run(ctx: click.Context, name: str, drain: bool, http_port: str | None) -> No
     place = services.place(here, service, name)
     if not str(here.settings.broker_url).startswith("embedded:"):  # only the embedded mode makes its files by itself
         place.require_file()
-    from outbox.consumer import worker
+    from outbox.consumer import runtime
 
     with place.naming():
-        ctx.exit(worker.run(service, here.settings, drain=drain))
+        ctx.exit(runtime.run(service, here.settings, drain=drain))
 
 
 @consumer.command()
@@ -66,16 +66,16 @@ def migrate(name: str) -> None:
     Inbox, parking and the service's own, in the service's database.
     """
     from outbox.cli import services
-    from outbox.consumer import operate
+    from outbox.consumer import operating
 
     here = context.current()
     here.settings.require("CONSUMER_DATABASE_URL")
     service = services.find(name)
     place = services.place(here, service, name)
-    engine = operate.open_engine(service, here.settings)
+    engine = operating.open_engine(service, here.settings)
     try:
         with place.naming():
-            steps = operate.migrate(service, engine)
+            steps = operating.migrate(service, engine)
     finally:
         engine.dispose()
     done = f"were made in {text.amount(steps, 'step')}" if steps else "are there already"
@@ -94,7 +94,7 @@ def status(names: tuple[str, ...], as_json: bool) -> None:
     Without a name: all services of the package `consumers` here. --json is one object for one name, else a list.
     """
     from outbox.cli import services
-    from outbox.consumer import operate
+    from outbox.consumer import operating
 
     here = context.current()
     here.settings.require("CONSUMER_DATABASE_URL")
@@ -107,7 +107,7 @@ def status(names: tuple[str, ...], as_json: bool) -> None:
         typed[service.name] = name
         try:
             with services.opened(here, service, name) as engine:
-                found.append(operate.status(engine, service))
+                found.append(operating.status(engine, service))
         except OutboxError as error:
             if names:
                 raise
@@ -160,15 +160,15 @@ def topology(ctx: click.Context, name: str, apply_: bool, check: bool, as_json: 
     if apply_ and check:
         raise click.UsageError("--apply and --check exclude each other")
     from outbox.cli import services
-    from outbox.consumer import queues
+    from outbox.consumer import provisioning
 
     here = context.current()
     service = services.find(name)
     if check:
-        found = [_finding(item) for item in queues.check(service, here.settings)]
+        found = [_finding(item) for item in provisioning.check(service, here.settings)]
         findings.show(found, as_json=as_json)
         ctx.exit(0 if all(item.verdict is Verdict.OK for item in found) else 1)
-    wanted = (queues.apply if apply_ else queues.show)(service, here.settings)
+    wanted = (provisioning.apply if apply_ else provisioning.show)(service, here.settings)
     both = (wanted.main, wanted.dead)
     if as_json:
         text.say_json([_queue_dict(queue) for queue in both])
@@ -189,7 +189,7 @@ def _queue_dict(queue: Queue) -> dict[str, Any]:
     }
 
 
-def _finding(item: queues.Finding) -> Finding:
+def _finding(item: provisioning.Finding) -> Finding:
     return Finding("queue", {True: Verdict.OK, False: Verdict.FAIL, None: Verdict.UNKNOWN}[item.ok], item.text)
 
 
@@ -203,15 +203,15 @@ def retire(name: str, force: bool, yes: bool) -> None:
     From now on nothing is kept for it. Its tables stay.
     """
     from outbox.cli import services
-    from outbox.consumer import queues
+    from outbox.consumer import provisioning
 
     here = context.current()
     service = services.find(name)
-    wanted = queues.show(service, here.settings)
+    wanted = provisioning.show(service, here.settings)
     also = ", with every message in them" if force else ", unless messages are in them"
     text.say(f"This would delete the queues {wanted.main.name!r} and {wanted.dead.name!r}{also}.", error=True)
     confirm(yes)
-    gone = queues.retire(service, here.settings, force=force)
+    gone = provisioning.retire(service, here.settings, force=force)
     if not gone.queues:
         text.say(f"Service {service.name!r} has no queues.")
     for queue, held in gone.queues.items():

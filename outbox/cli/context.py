@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from blinker import Signal
     from sqlalchemy.engine import URL, Connection, Engine
 
-    from outbox.capture import Capture
+    from outbox.capture.signals import Capture
     from outbox.settings import Settings
 
 #: No statement of the relay or of a commit holds a lock for so long.
@@ -54,7 +54,7 @@ class Place:
     @property
     def shown(self) -> str:
         """The URL without its passwords: also drivers' parameters (`?password=…`) hold them."""
-        from outbox.masking import shown
+        from outbox.process.masking import shown
 
         return shown(self.url.render_as_string(hide_password=True))
 

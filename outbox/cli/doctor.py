@@ -140,7 +140,7 @@ def _clock(connection: Connection) -> Finding:
 def _tables(connection: Connection) -> Iterator[Finding]:
     from outbox import migrations
     from outbox.cli.advice import advice, is_live
-    from outbox.store.overview import overview
+    from outbox.store.status import overview
 
     try:
         migrations.check(connection)
@@ -185,7 +185,7 @@ def _broker(here: Context) -> Generator[Finding, None, bool]:
     elif state.blocked:
         yield Finding("broker", Verdict.WARN, state.detail)
     else:
-        from outbox.masking import shown
+        from outbox.process.masking import shown
 
         yield Finding("broker", Verdict.OK, f"{shown(str(settings.broker_url))}, exchange {settings.exchange!r}")
     return state.connected
@@ -223,7 +223,7 @@ def _topology(here: Context) -> Iterator[Finding]:
 
 def _signals(here: Context) -> Iterator[Finding]:
     """Whether each captured signal is still captured: whoever disconnects all receivers disconnects that one too."""
-    from outbox.capture import captures
+    from outbox.capture.signals import captures
 
     for signal, capture in here.captures:
         if capture not in captures(signal):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from outbox.cli.context import Context
-    from outbox.store.operate import Detail, Entry
+    from outbox.store.operating import Detail, Entry
 
 _STATES = ("pending", "retrying", "unroutable", "dead", "discarded", "published")
 _CANONICAL = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.IGNORECASE)
@@ -49,14 +49,14 @@ def message_id(value: str) -> UUID:
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def list_(state: str | None, topic: str | None, key: str | None, limit: int, before: UUID | None, as_json: bool) -> None:
     """List messages, newest first."""
-    from outbox.store import operate
+    from outbox.store import operating
 
     here = context.current()
     context.announce(here, as_json=as_json)
     with here.reading() as connection:
-        start = operate.find(connection, [before])[0].row if before else None
-        which = operate.Filter(state=state, topic=topic, key=key)
-        found = operate.entries(connection, which, limit=limit + 1, before=start)
+        start = operating.find(connection, [before])[0].row if before else None
+        which = operating.Filter(state=state, topic=topic, key=key)
+        found = operating.entries(connection, which, limit=limit + 1, before=start)
     more, found = len(found) > limit, found[:limit]
     if as_json:
         text.say_json([as_dict(entry) for entry in found])
@@ -109,12 +109,12 @@ def show(id_: UUID, as_json: bool) -> None:
 
     Its body, headers, attempts and errors, what it waits for, when it was published and by whom.
     """
-    from outbox.store import operate
+    from outbox.store import operating
 
     here = context.current()
     context.announce(here, as_json=as_json)
     with here.reading() as connection:
-        found = operate.detail(connection, id_)
+        found = operating.detail(connection, id_)
     if as_json:
         text.say_json(detail_dict(found))
     else:
@@ -222,14 +222,14 @@ class Follower:
 @click.option("--json", "as_json", is_flag=True, help="For machines: one object a line.")
 def tail(topic: str | None, as_json: bool) -> None:
     """Print messages as they are committed, until Ctrl-C."""
-    from outbox.store import operate
+    from outbox.store import operating
 
     here = context.current()
     context.announce(here, as_json=as_json)
     with here.reading() as connection:
         # A little back, and marked as read: transactions that are open now have drawn their numbers already.
-        follower = Follower(max(0, operate.newest_row(connection) - 1000), patience=_PATIENCE)
-        follower.seen(operate.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS))
+        follower = Follower(max(0, operating.newest_row(connection) - 1000), patience=_PATIENCE)
+        follower.seen(operating.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS))
     pause = threading.Event()
     trouble = ""
     try:
@@ -250,11 +250,11 @@ def tail(topic: str | None, as_json: bool) -> None:
 
 
 def _look(here: Context, follower: Follower, topic: str | None) -> list[Entry]:
-    from outbox.store import operate
+    from outbox.store import operating
 
     with here.reading() as connection:
-        rows = follower.unseen(operate.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS))
-        entries = operate.by_rows(connection, rows)
+        rows = follower.unseen(operating.rows_above(connection, follower.floor, topic, limit=_MOST_ROWS))
+        entries = operating.by_rows(connection, rows)
     follower.seen(rows)
     return entries
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
 
     from outbox.consumer import Service
-    from outbox.consumer.operate import Detail, Entry
+    from outbox.consumer.operating import Detail, Entry
 
 _STATES = ("parked", "behind", "due", "discarded")
 _REASONS = (
@@ -87,12 +87,12 @@ def list_(
 def show(name: str, id_: str, as_json: bool) -> None:
     """Show one parked message: error, traceback, properties and body."""
     from outbox.cli import services
-    from outbox.consumer import operate
+    from outbox.consumer import operating
 
     here = context.current()
     service = services.find(name)
     with services.opened(here, service, name) as engine:
-        found = operate.parked_show(engine, service, id_)
+        found = operating.parked_show(engine, service, id_)
     if as_json:
         rows = [_detail_dict(item) for item in found]
         text.say_json(rows[0] if len(rows) == 1 else rows)
@@ -115,10 +115,10 @@ def requeue(
 
     What waits behind them follows.
     """
-    from outbox.consumer import operate
+    from outbox.consumer import operating
 
     def act(engine: Engine, service: Service, chosen: Sequence[str]) -> list[str]:
-        return operate.requeue(engine, service, chosen, actor=actor())
+        return operating.requeue(engine, service, chosen, actor=actor())
 
     consequence = "The service tries them again; what waits behind them follows."
     _run("requeue", consequence, act, name, ids, all_, (reason, topic, key), yes)
@@ -140,13 +140,13 @@ def discard(
 
     What waits behind them goes on.
     """
-    from outbox.consumer import operate
+    from outbox.consumer import operating
 
     if not why.strip():
         raise click.BadParameter("say why", param_hint="--reason")
 
     def act(engine: Engine, service: Service, chosen: Sequence[str]) -> list[str]:
-        return operate.discard(engine, service, chosen, actor=actor(), reason=why)
+        return operating.discard(engine, service, chosen, actor=actor(), reason=why)
 
     consequence = "They are never applied; what waits behind them goes on."
     _run("discard", consequence, act, name, ids, all_, (reason, topic, key), yes)
@@ -167,7 +167,7 @@ def _run(
     if ids and any(narrowed):
         raise click.UsageError("--parked-as, --topic and --key go with --all; an id needs none")
     from outbox.cli import services
-    from outbox.consumer import operate
+    from outbox.consumer import operating
 
     here = context.current()
     service = services.find(name)
@@ -175,7 +175,7 @@ def _run(
         if all_:
             found = _select(engine, service, "parked", *narrowed, limit=10_000)
         else:
-            found = [item.entry for id_ in dict.fromkeys(ids) for item in operate.parked_show(engine, service, id_)]
+            found = [item.entry for id_ in dict.fromkeys(ids) for item in operating.parked_show(engine, service, id_)]
         if not found:
             text.say(f"No parked message waits for a person: nothing to {verb}.")
             return
@@ -197,16 +197,16 @@ def _select(
     key: str | None,
     limit: int,
 ) -> list[Entry]:
-    from outbox.consumer import operate
+    from outbox.consumer import operating
     from outbox.consumer.tables import Reason, State
 
-    which = operate.Filter(
+    which = operating.Filter(
         state=None if state is None else State(state),
         reason=None if reason is None else Reason(reason),
         topic=topic,
         key=key,
     )
-    return operate.parked_list(engine, service, which, limit=limit)
+    return operating.parked_list(engine, service, which, limit=limit)
 
 
 # --- showing ------------------------------------------------------------------------------------------------------------

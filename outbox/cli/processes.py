@@ -71,7 +71,7 @@ def prepare_process(arguments: dict[str, object]) -> Context:
     if threading.current_thread() is threading.main_thread():
         # Until the runtime listens itself, after a second of imports: nothing was begun, so it ends as well as later.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    from outbox import failpoints, logs
+    from outbox.process import failpoints, logs
 
     # Before the settings are read, because reading them may warn.
     logs.configure(os.environ.get("OUTBOX_LOG_FORMAT", "console"))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
     from outbox.cli.context import Context
-    from outbox.store.operate import Entry, Filter
+    from outbox.store.operating import Entry, Filter
 
     Act = Callable[[Connection, list[int]], list[UUID]]
 
@@ -62,10 +62,10 @@ def requeue(ids: tuple[UUID, ...], state: str | None, topic: str | None, key: st
 
     The relay tries them now, their attempts counted anew. They keep their place: later messages of their key go out after them.
     """
-    from outbox.store import operate
+    from outbox.store import operating
 
     def act(connection: Connection, rows: list[int]) -> list[UUID]:
-        return operate.requeue(connection, rows, actor=actor())
+        return operating.requeue(connection, rows, actor=actor())
 
     order = _Order("requeue", "Requeued", "The relay tries them again at once.", act)
     _run(order, ids, state, topic, key, yes)
@@ -84,7 +84,7 @@ def discard(ids: tuple[UUID, ...], state: str | None, topic: str | None, key: st
     Later messages of their keys go on without them. They stay in the tables: `outbox list --state discarded`. A message that
     the relay is sending at this moment may still arrive, before those behind it; the command says how many these may be.
     """
-    from outbox.store import operate
+    from outbox.store import operating
 
     if not reason.strip():
         raise click.BadParameter("say why", param_hint="--reason")
@@ -92,8 +92,8 @@ def discard(ids: tuple[UUID, ...], state: str | None, topic: str | None, key: st
     flying: list[int] = []
 
     def act(connection: Connection, rows: list[int]) -> list[UUID]:
-        flying.append(operate.perhaps_flying(connection, rows))
-        return operate.discard(connection, rows, actor=actor(), reason=reason)
+        flying.append(operating.perhaps_flying(connection, rows))
+        return operating.discard(connection, rows, actor=actor(), reason=reason)
 
     order = _Order("discard", "Discarded", "They are never sent; later messages of their keys go on without them.", act)
     _run(order, ids, state, topic, key, yes)
@@ -131,7 +131,7 @@ def _run(order: _Order, ids: tuple[UUID, ...], state: str | None, topic: str | N
         raise click.UsageError("give either ids or --state (with --topic, --key)")
     if ids and (topic is not None or key is not None):
         raise click.UsageError("--topic and --key go with --state; an id needs neither")
-    from outbox.store.operate import Filter
+    from outbox.store.operating import Filter
 
     here = context.current()
     context.announce(here)
@@ -142,28 +142,28 @@ def _run(order: _Order, ids: tuple[UUID, ...], state: str | None, topic: str | N
 
 
 def _these(here: Context, order: _Order, ids: tuple[UUID, ...], yes: bool) -> None:
-    from outbox.store import operate
+    from outbox.store import operating
 
     with here.reading() as connection:
-        found = operate.find(connection, ids)
+        found = operating.find(connection, ids)
     refused = [f"message {entry.id} {_WHY_NOT[entry.state]}" for entry in found if entry.state in _WHY_NOT]
     if refused:
         raise OutboxError("\n".join([*refused, f"nothing was changed; {order.verb} takes {', '.join(_ACTIONABLE)} messages"]))
     _announce(order, text.amount(len(found), "message"), found)
     confirm(yes)
     changed: list[UUID] = []
-    for start in range(0, len(found), operate.CHUNK):
+    for start in range(0, len(found), operating.CHUNK):
         with here.writing() as connection:
-            changed += order.act(connection, [entry.row for entry in found[start : start + operate.CHUNK]])
+            changed += order.act(connection, [entry.row for entry in found[start : start + operating.CHUNK]])
     _report(order, len(changed), len(found))
 
 
 def _all(here: Context, order: _Order, which: Filter, yes: bool) -> None:
-    from outbox.store import operate
+    from outbox.store import operating
 
     with here.reading() as connection:
-        expected = operate.count(connection, which)
-        sample = operate.entries(connection, which, limit=_SHOWN)
+        expected = operating.count(connection, which)
+        sample = operating.entries(connection, which, limit=_SHOWN)
     if not expected:
         text.say(f"No {which.state} message{_limits(which)}: nothing to {order.verb}.")
         return
@@ -172,7 +172,7 @@ def _all(here: Context, order: _Order, which: Filter, yes: bool) -> None:
     done, after = 0, 0
     while True:
         with here.writing() as connection:
-            chunk = operate.matching(connection, which, after=after)
+            chunk = operating.matching(connection, which, after=after)
             if not chunk:
                 break
             done += len(order.act(connection, [row for _, row in chunk]))

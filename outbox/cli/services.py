@@ -92,14 +92,14 @@ def _broken(module_name: str, error: Exception) -> str:
 @contextmanager
 def opened(here: Context, service: Service, name: str) -> Iterator[Engine]:
     """The engine of *service*, on tables of the right version; database errors inside name CONSUMER_DATABASE_URL."""
-    from outbox.consumer import operate
+    from outbox.consumer import operating
 
     where = place(here, service, name)
     where.require_file()
-    engine = operate.open_engine(service, here.settings)
+    engine = operating.open_engine(service, here.settings)
     try:
         with where.naming():
-            operate.check(service, engine)
+            operating.check(service, engine)
             yield engine
     finally:
         engine.dispose()

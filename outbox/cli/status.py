@@ -14,7 +14,7 @@ from outbox.errors import Unavailable
 
 if TYPE_CHECKING:
     from outbox.cli.context import Context
-    from outbox.store.overview import Overview, Relay, Stuck
+    from outbox.store.status import Overview, Relay, Stuck
 
 #: Holders of keys that the page shows; `--json` has more, `outbox list` all.
 _NAMED = 5
@@ -23,7 +23,7 @@ _CLEAR = "\x1b[2J\x1b[H"
 
 def seconds(value: str) -> float:
     """Return the seconds that `500ms`, `30s` or `5m` mean; a wrong text is wrong usage."""
-    from outbox import duration
+    from outbox.process import duration
 
     try:
         return duration.parse(value)
@@ -79,7 +79,7 @@ def _watch(here: Context, as_json: bool, interval: float) -> None:
 
 
 def _read(here: Context) -> Overview:
-    from outbox.store.overview import overview
+    from outbox.store.status import overview
 
     with here.reading() as connection:
         return overview(connection)

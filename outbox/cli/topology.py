@@ -82,7 +82,7 @@ def apply() -> None:
     if url.startswith("embedded:"):
         text.say(f"The embedded broker has every exchange; nothing is to be done for {exchange!r}.")
         return
-    from outbox.consumer.queues import declare_exchange
+    from outbox.consumer.provisioning import declare_exchange
 
     declare_exchange(here.settings)
     text.say(f"The durable topic exchange {exchange!r} is there.")
@@ -135,11 +135,11 @@ def known_topics(here: Context) -> tuple[list[str], str]:
         return sorted(here.topics), "the app captures none"
     if here.settings.database_url is None:
         return [], "DATABASE_URL is not set and no app was loaded"
-    from outbox.store import operate
+    from outbox.store import operating
 
     try:
         with here.reading() as connection:
-            return operate.topics(connection), "no message was seen lately and no app was loaded"
+            return operating.topics(connection), "no message was seen lately and no app was loaded"
     except OutboxError as error:
         return [], str(error)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from outbox.consumer.arrival import Arrival
+    from outbox.consumer.delivery import Arrival
 
 #: How long the oldest delivery may be open before those settled behind it go on alone: workers finish in any order, and
 #: mostly the next moment brings one acknowledgement for all of them.

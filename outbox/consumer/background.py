@@ -7,9 +7,9 @@ import random
 import threading
 from typing import TYPE_CHECKING
 
-from outbox.backoff import Backoff
 from outbox.consumer.failures import place
-from outbox.logs import say
+from outbox.process.backoff import Backoff
+from outbox.process.logs import say
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from outbox.logs import say
+from outbox.process.logs import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

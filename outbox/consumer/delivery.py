@@ -1,272 +1,235 @@
-"""One batch of messages, in one transaction: inbox, order, handlers, parking, counters, commit.
+"""A message as it came from the broker: its raw bytes, who is to be acknowledged, and what could be read of it.
 
-Nothing here retries and nothing here knows the broker; `attempts` decides what an exception means.
+The body alone decides what a message is; kombu's content types, encodings and compression are not looked at. Only where
+it is no event, the headers are asked whether they make it one (CloudEvents in binary mode): then the body becomes the
+event in structured mode, which from here on is the only form there is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import sqlalchemy as sa
-from sqlalchemy.engine import Engine
-
-from outbox import failpoints, migrations
-from outbox.consumer import arrival as arrivals
-from outbox.consumer import inbox, parking, tables
-from outbox.consumer.failures import is_transient
-from outbox.consumer.migrations import history
-from outbox.consumer.outcomes import Outcome
-from outbox.consumer.parking import Aside
-from outbox.consumer.seal import protect
-from outbox.consumer.tables import Reason
-from outbox.consumer.transaction import transaction
-from outbox.database import prepare
-from outbox.message import Message, Received, cloud_event
+from outbox.consumer.failures import storable
+from outbox.errors import InvalidMessage
+from outbox.message import MAX_NAME_BYTES, Received, check_name, received, structured
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from outbox.consumer.acks import Receipt
 
-    from sqlalchemy.engine import Connection
+#: Deliveries that came to nothing before this one: from here on the message may be what killed the process.
+SUSPECT_AFTER = 3
+_MAX_PROPERTIES = 64 * 1024
+#: A body over this is decoded again when its turn comes: decoded JSON takes up to twenty times its bytes.
+LARGE_BYTES = 16 * 1024
+#: How bindings of CloudEvents begin the names of headers that are attributes: AMQP, AMQP through JMS, HTTP and Kafka.
+_BINARY_PREFIXES = ("cloudEvents:", "cloudEvents_", "ce-", "ce_")
+#: What brokers write into headers: it differs between two deliveries of one message.
+_BROKERS_HEADERS = ("x-delivery-count", "x-acquired-count", "x-death", "x-first-death-", "x-last-death-", "x-opt-")
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
-    from outbox.consumer.arrival import Arrival, Key
-    from outbox.consumer.handlers import Handler
-    from outbox.consumer.inbox import Mark
-    from outbox.consumer.seal import Seal
-    from outbox.consumer.service import Service
-    from outbox.consumer.transaction import HandlerSession
-
-_NONE_ASIDE: Mapping[Arrival, Aside] = {}
-
-
-def now_utc() -> datetime:
-    """Return the present time."""
-    return datetime.now(UTC)
+Identity = tuple[str, str]
+Key = tuple[str, str]
 
 
-@dataclass(slots=True)
-class Settled:
-    """What became of one delivery of a committed batch."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """One delivery. Compared by identity: the same message delivered twice is two of them."""
 
-    arrival: Arrival
-    outcome: Outcome
-    late: bool = False
-    aside: Aside | None = None
-    handler_seconds: float = 0.0
+    body: bytes
+    #: What could be read; None where the body is no CloudEvent.
+    message: Received | None
+    #: Why it can't be read.
+    problem: str = ""
+    routing_key: str = ""
+    properties: Mapping[str, Any] = field(default_factory=lambda: _NONE)
+    #: Earlier deliveries that were not acknowledged.
+    returns: int = 0
+    #: The broker gave it up: it comes from the service's dead-letter queue.
+    dead_lettered: bool = False
+    #: For whoever acknowledges it: only the connection that brought it can.
+    receipt: Receipt | None = None
+    #: Stands for the message id where the message can't be read.
+    digest: str = ""
+    #: The message's data was dropped to save memory: `again` reads it from the body.
+    slim: bool = False
 
+    @property
+    def identity(self) -> Identity:
+        """What the inbox knows it by: source and message id; for an unreadable one its digest."""
+        if self.message is None:
+            return "", self.digest
+        return self.message.source, self.message.id
 
-@dataclass(slots=True)
-class Tally:
-    """What one transaction adds to the service's counters."""
+    @property
+    def key(self) -> Key | None:
+        """Source and key: the messages that share them are applied in order."""
+        if self.message is None or self.message.key is None:
+            return None
+        return self.message.source, self.message.key
 
-    applied: int = 0
-    duplicates: int = 0
-    late: int = 0
-    gaps: int = 0
-    parked: int = 0
+    @property
+    def topic(self) -> str:
+        """The message's topic; for an unreadable body the routing key."""
+        return self.message.topic if self.message is not None else storable(self.routing_key)[:MAX_NAME_BYTES]
 
-
-@dataclass(frozen=True, slots=True)
-class Deliveries:
-    """Applies messages of *service* in transactions on *engine*; one for each worker thread."""
-
-    service: Service
-    engine: Engine
-    #: Whose row of the counters this one adds to.
-    worker: int
-    clock: Callable[[], datetime] = field(default=now_utc)
-
-    def __post_init__(self) -> None:
-        protect(self.engine)
-
-    def settle(self, batch: Sequence[Arrival], aside: Mapping[Arrival, Aside] = _NONE_ASIDE) -> list[Settled]:
-        """Settle *batch* in one transaction, in order: applied, recognised as duplicates, or parked.
-
-        Those in *aside* are parked without being handled. Raises Transient, or what a handler raised; then nothing of the
-        batch was written.
-        """
-        with transaction(self.engine) as session:
-            settled = _Batch(self.service, session, self.clock(), self.worker).settle(batch, aside)
-        failpoints.reached("K4")
-        return settled
-
-    def database_works(self) -> bool:
-        """Say whether a new connection can be made and written with: an old one may be dead by its handler's doing."""
-        engine = Engine(self.engine.pool.recreate(), self.engine.dialect, self.engine.url, hide_parameters=True)
-        try:
-            with engine.connect() as connection:
-                connection.execute(_probe(engine.dialect.name))
-                connection.rollback()
-        except Exception as error:  # noqa: BLE001 - what is no trouble of the database's says that it is there
-            return not is_transient(error)
-        finally:
-            engine.dispose()
-        return True
-
-    def begin_attempt(self, arrival: Arrival) -> int:
-        """Record, before it is handled, that *arrival* is about to be; return how often that began without an end."""
-        with transaction(self.engine) as session:
-            return inbox.begin_attempt(session.connection(), self.service.name, arrival.identity, self.clock())
-
-    def end_attempt(self, arrival: Arrival) -> None:
-        """Record that the attempt ended, without success: the process lives."""
-        with transaction(self.engine) as session:
-            inbox.end_attempts(session.connection(), self.service.name, [arrival.identity])
+    @property
+    def suspect(self) -> bool:
+        """Whether it was delivered so often that it may be what killed the process."""
+        return self.returns >= SUSPECT_AFTER
 
 
-class _Batch:
-    """The work of one transaction."""
+def read(
+    body: bytes,
+    *,
+    routing_key: str = "",
+    properties: Mapping[str, Any] = _NONE,
+    headers: Mapping[str, Any] = _NONE,
+    redelivered: bool = False,
+    dead_lettered: bool = False,
+    receipt: Receipt | None = None,
+    digest: str = "",
+) -> Arrival:
+    """Return the arrival for *body*; never raises, whatever the bytes and headers are.
 
-    def __init__(self, service: Service, session: HandlerSession, now: datetime, worker: int) -> None:
-        self._service = service
-        self._session = session
-        self._connection: Connection = session.connection()
-        self._now = now
-        self._worker = worker
-        self._marks: dict[Key, Mark] = {}
-        self._tally = Tally()
-        self._rows: list[dict[str, object]] = []
-
-    def settle(self, batch: Sequence[Arrival], aside: Mapping[Arrival, Aside]) -> list[Settled]:
-        name = self._service.name
-        new = inbox.take(self._connection, name, [arrival.identity for arrival in batch], self._now, self._session.seal)
-        failpoints.reached("K2")
-        first: list[Arrival | None] = []
-        for arrival in batch:  # twice in one batch: the first is new, the second a duplicate
-            first.append(arrival if arrival.identity in new else None)
-            new.discard(arrival.identity)
-        # After the inbox: whoever else had one of these messages has committed, and what it did to the key is seen.
-        keys = {arrival.key for arrival in first if arrival is not None and arrival.key is not None}
-        self._marks = inbox.lock_marks(self._connection, name, keys)
-        settled = [
-            self._duplicate(arrival) if fresh is None else self._take(arrival, aside.get(arrival))
-            for arrival, fresh in zip(batch, first, strict=True)
-        ]
-        failpoints.reached("K3")
-        if self._rows:
-            parking.write(self._connection, self._rows)
-            failpoints.reached("K6")
-        inbox.write_marks(self._connection, name, self._marks)
-        inbox.end_attempts(self._connection, name, [arrival.identity for arrival in batch if arrival.suspect])
-        count(self._connection, name, self._worker, self._tally, self._session.seal)
-        return settled
-
-    def _duplicate(self, arrival: Arrival) -> Settled:
-        self._tally.duplicates += 1
-        return Settled(arrival, Outcome.DUPLICATE)
-
-    def _take(self, arrival: Arrival, aside: Aside | None) -> Settled:
-        late, held = self._note(arrival)
-        task = aside or self._task(arrival, late=late, held=held)
-        if isinstance(task, Aside):
-            return self._park(arrival, dataclasses.replace(task, late=late))
-        begun = time.perf_counter()
-        task.handle(self._session, late=late)
-        self._tally.applied += 1
-        self._tally.late += late
-        return Settled(arrival, Outcome.APPLIED, late=late, handler_seconds=time.perf_counter() - begun)
-
-    def _note(self, arrival: Arrival) -> tuple[bool, bool]:
-        """Note the arrival's sequence; say whether it is late and whether its key is held."""
-        if arrival.key is None:
-            return False, False
-        mark = self._marks[arrival.key]
-        sequence = arrival.message.sequence if arrival.message else None
-        late = sequence is not None and 0 < sequence <= mark.sequence
-        if sequence is not None and mark.sequence > 0 and sequence > mark.sequence + 1:
-            self._tally.gaps += 1
-        mark.sequence = max(mark.sequence, sequence or 0)
-        return late, mark.held
-
-    def _task(self, arrival: Arrival, *, late: bool, held: bool) -> Task | Aside:
-        if arrival.dead_lettered and arrival.message is not None:
-            return Aside(Reason.DEAD_LETTERED, "the broker gave it up after too many deliveries; `x-death` says which")
-        task = task_of(self._service, arrival)
-        if isinstance(task, Aside):
-            return task
-        if held:
-            return Aside(Reason.BEHIND, "an earlier message of its key is parked")
-        if late and self._service.strict:
-            return Aside(Reason.LATE, "a later message of its key was applied before it, and the service is strict")
-        return task
-
-    def _park(self, arrival: Arrival, aside: Aside) -> Settled:
-        self._rows.append(parking.row(self._service.name, arrival, aside, self._now))
-        if arrival.key is not None and aside.holds(arrival.key):
-            self._marks[arrival.key].held = True
-        self._tally.parked += 1
-        return Settled(arrival, Outcome.PARKED, late=aside.late, aside=aside)
+    *digest*: what a message that can't be read was known by before.
+    """
+    if dead_lettered:
+        routing_key = _first_routing_key(headers) or routing_key
+    message, problem = _decoded(body)
+    if message is None and (attributes := _binary_attributes(headers)):
+        body, message, problem = _from_binary(body, properties.get("content_type"), attributes)
+    if message is None:
+        digest = digest or _digest(body, routing_key, properties, headers)
+    return Arrival(
+        body=body,
+        message=message,
+        problem=problem,
+        routing_key=routing_key,
+        properties=properties,
+        returns=_returns(headers, redelivered=redelivered),
+        dead_lettered=dead_lettered,
+        receipt=receipt,
+        digest=digest,
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A message and the handler it is for."""
-
-    message: Received
-    handler: Handler
-
-    def handle(self, session: HandlerSession, *, late: bool) -> None:
-        """Call the handler; the next message finds the session as if it were new. Raises whatever the handler raises."""
-        session.hand_over()
-        self.handler(dataclasses.replace(self.message, late=True) if late else self.message, session)
-        session.seal.check()
-        # Objects of this message must not be found by the next: alone in its transaction it would not see them either.
-        session.expunge_all()
-        session.info.clear()
+def slim(arrival: Arrival) -> Arrival:
+    """Return *arrival* without its decoded data when that is large: for one that has to wait."""
+    if arrival.message is None or len(arrival.body) <= LARGE_BYTES:
+        return arrival
+    return dataclasses.replace(arrival, message=dataclasses.replace(arrival.message, data=None), slim=True)
 
 
-def task_of(service: Service, arrival: Arrival) -> Task | Aside:
-    """Return what *service* has to do for *arrival*, or why it can't do anything."""
-    if arrival.message is None:
-        return Aside(Reason.UNDECODABLE, arrival.problem)
-    handler = service.handler(arrival.topic)
-    if handler is None:
-        return Aside(Reason.NO_HANDLER, f"service {service.name!r} has no handler for {arrival.topic!r}")
-    return Task(arrival.message, handler)
+def of_message(message: Received, body: bytes) -> Arrival:
+    """Return the arrival of a message that is already decoded."""
+    return Arrival(body=body, message=message)
 
 
-def _probe(dialect: str) -> Any:
-    """Return a statement that shows whether the database takes any; a demoted PostgreSQL takes no INSERT."""
-    return sa.insert(tables.nothing).values(id=0) if dialect == "postgresql" else sa.select(tables.nothing)
+def again(arrival: Arrival) -> Arrival:
+    """Return *arrival* as it came: whoever had it in hand may have changed the data of its message."""
+    return dataclasses.replace(arrival, message=_decoded(arrival.body)[0], slim=False)
 
 
-@cache
-def _count(dialect: str, *, lifting: bool) -> Any:
-    """Return the statement that adds to the counters; *lifting* the seal it does so only where that is found."""
-    table = tables.counter
-    columns = [table.c.service, table.c.worker, *(table.c[each.name] for each in dataclasses.fields(Tally))]
-    values = sa.select(*(sa.bindparam(column.name, type_=column.type) for column in columns))
-    if lifting:
-        seal = sa.delete(tables.seal).where(tables.seal.c.id == sa.bindparam("seal")).returning(tables.seal.c.id)
-        values = values.select_from(seal.cte("lifted"))
-    statement = inbox.insert(dialect, table).from_select(columns, values.where(sa.true()))
-    return statement.on_conflict_do_update(
-        index_elements=[table.c.service, table.c.worker],
-        set_={column.name: column + statement.excluded[column.name] for column in columns[2:]},
-    ).returning(table.c.worker)
+def _decoded(body: bytes) -> tuple[Received | None, str]:
+    try:
+        message = received(body)
+        for what in ("id", "source", "topic"):
+            check_name(what, getattr(message, what))
+        if message.key is not None:
+            check_name("key", message.key)
+    except InvalidMessage as error:
+        return None, storable(str(error))
+    except Exception as error:  # noqa: BLE001 - a body that breaks the decoder must be parked, not come back for ever
+        return None, f"it can't be read: {type(error).__name__}"
+    return message, ""
 
 
-def count(connection: Connection, service: str, worker: int, tally: Tally, seal: Seal | None = None) -> None:
-    """Add *tally* to the service's counters, and lift *seal* with the same statement."""
-    values = {"service": service, "worker": worker, **dataclasses.asdict(tally)}
-    if seal is None or not seal.is_put:
-        connection.execute(_count(connection.dialect.name, lifting=False), values)
-        return
-    counted = connection.execute(_count(connection.dialect.name, lifting=True), {**values, "seal": seal.number})
-    seal.is_lifted(found=counted.first() is not None)
+def _binary_attributes(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes that *headers* hold of a CloudEvents event in binary mode; none, if it is no such event."""
+    for prefix in _BINARY_PREFIXES:
+        found = {name[len(prefix) :]: value for name, value in headers.items() if name.startswith(prefix)}
+        if "specversion" in found:
+            return found
+    return {}
 
 
-def deliver_once(service: Service, message: Message | Received | bytes, engine: Engine) -> Outcome:
-    """See `Service.deliver`."""
-    migrations.upgrade(prepare(engine), history(service.name))
-    if service.tables is not None:
-        service.tables.create_all(engine)
-    if isinstance(message, Received):
-        arrival = arrivals.of_message(message, b"")
-    else:
-        arrival = arrivals.read(cloud_event(message) if isinstance(message, Message) else message)
-    return Deliveries(service, engine, worker=0).settle([arrival])[0].outcome
+def _from_binary(body: bytes, content_type: Any, attributes: Mapping[str, Any]) -> tuple[bytes, Received | None, str]:
+    """Return body, message and problem of an event in binary mode; one that can't be read keeps its body."""
+    try:
+        event = structured(attributes, body, content_type)
+    except InvalidMessage as error:
+        return body, None, storable(str(error))
+    message, problem = _decoded(event)
+    return (body if message is None else event), message, problem
+
+
+def _digest(body: bytes, routing_key: str, properties: Mapping[str, Any], headers: Mapping[str, Any]) -> str:
+    """Return what tells an unreadable message from others: all that its publisher said, and nothing that brokers add.
+
+    Its body would not do: events in a form we can't read carry their id in properties or headers.
+    """
+    said = {name: value for name, value in properties.items() if name not in ("headers", "expiration")}
+    own = {name: value for name, value in headers.items() if not name.startswith(_BROKERS_HEADERS)}
+    around = "\0".join([routing_key, *_lines(said), "", *_lines(own)])
+    digest = hashlib.sha256(f"{len(body)}:".encode() + body)
+    digest.update(around.encode(errors="surrogatepass"))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _lines(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={_text(value)}" for name, value in sorted(values.items())]
+
+
+def _text(value: Any) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, default=repr)
+    except (TypeError, ValueError, RecursionError):  # tables within tables without end say nothing about who sent them
+        return type(value).__name__
+
+
+def _first_routing_key(headers: Mapping[str, Any]) -> str | None:
+    """Return under which routing key a dead-lettered message was published; the last entry of `x-death` is the first death."""
+    deaths = headers.get("x-death")
+    last = deaths[-1] if isinstance(deaths, list) and deaths else None
+    keys = last.get("routing-keys") if isinstance(last, dict) else None
+    return keys[0] if isinstance(keys, list) and keys and isinstance(keys[0], str) else None
+
+
+def _returns(headers: Mapping[str, Any], *, redelivered: bool) -> int:
+    """RabbitMQ 4.3 leaves a requeueing `basic.nack` out of `x-delivery-count`; `x-acquired-count` is what it was before.
+
+    A first delivery was counted by nobody: RabbitMQ passes on whatever its publisher wrote into these headers.
+    """
+    if not redelivered:
+        return 0
+    counts = [headers.get(name) for name in ("x-delivery-count", "x-acquired-count")]
+    known = [count for count in counts if isinstance(count, int) and not isinstance(count, bool) and count >= 0]
+    if not known and UNREADABLE_PROPERTIES in headers:
+        return SUSPECT_AFTER  # the count is among what can't be read
+    return max(known, default=0)
+
+
+#: Header that stands for properties which can't be decoded; it holds their bytes.
+UNREADABLE_PROPERTIES = "x-unreadable-properties"
+
+
+def properties_as_text(properties: Mapping[str, Any]) -> str:
+    """Return *properties* as JSON for people, whatever they hold; cut when they are huge."""
+    try:
+        text = json.dumps({str(name): value for name, value in properties.items()}, default=repr)
+    except (TypeError, ValueError, RecursionError):
+        text = json.dumps({"unreadable": _flat(properties)})
+    return text if len(text) <= _MAX_PROPERTIES else json.dumps({"cut": text[:_MAX_PROPERTIES]})
+
+
+def _flat(properties: Mapping[str, Any]) -> str:
+    try:
+        return repr(properties)
+    except RecursionError:
+        return f"nested too deep: {', '.join(map(str, properties))}"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
 
-    from outbox.consumer.arrival import Identity, Key
+    from outbox.consumer.delivery import Identity, Key
     from outbox.consumer.seal import Seal
 
 _inbox, _key, _attempt = tables.inbox, tables.key, tables.attempt

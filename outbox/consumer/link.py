@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from outbox import amqp_url, embedded
-from outbox.consumer import arrival as arrivals
+from outbox.consumer import delivery as arrivals
 from outbox.consumer import rabbit
 from outbox.consumer import topology as topologies
 from outbox.consumer.acks import Acks, Receipt
@@ -26,7 +26,7 @@ from outbox.errors import BrokerError, Unavailable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from outbox.consumer.arrival import Arrival
+    from outbox.consumer.delivery import Arrival
     from outbox.consumer.topology import Queue, Topology
 
 #: Frames read before acknowledgements and heartbeats get their turn.

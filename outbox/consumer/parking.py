@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from outbox.consumer import inbox
-from outbox.consumer.arrival import properties_as_text
+from outbox.consumer.delivery import properties_as_text
 from outbox.consumer.tables import Reason, State, parked
 from outbox.message import MAX_NAME_BYTES
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection, Row
 
-    from outbox.consumer.arrival import Arrival, Key
+    from outbox.consumer.delivery import Arrival, Key
 
 #: Nothing this service does depends on such a message, so nothing waits for it.
 _FREE_REASONS = (Reason.NO_HANDLER, Reason.UNDECODABLE)

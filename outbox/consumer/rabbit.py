@@ -19,7 +19,7 @@ from amqp.transport import SSLTransport, TCPTransport
 from kombu.connection import Connection as KombuConnection
 from kombu.transport import pyamqp
 
-from outbox.consumer.arrival import UNREADABLE_PROPERTIES
+from outbox.consumer.delivery import UNREADABLE_PROPERTIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,28 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from outbox import failpoints
-from outbox.consumer import arrival as arrivals
-from outbox.consumer import inbox, parking, telemetry, upkeep
-from outbox.consumer.attempts import GivenUp, Stopping, crashed
-from outbox.consumer.delivery import Settled, Tally, count, task_of
+from outbox.consumer import delivery as arrivals
+from outbox.consumer import heartbeat, inbox, parking, telemetry
+from outbox.consumer.batch import Settled, Tally, count, task_of
 from outbox.consumer.failures import is_transient
 from outbox.consumer.outcomes import Outcome
 from outbox.consumer.parking import Aside
+from outbox.consumer.retries import GivenUp, Stopping, crashed
 from outbox.consumer.tables import State
 from outbox.consumer.transaction import Transient, reading, transaction
-from outbox.logs import say
+from outbox.process import failpoints
+from outbox.process.logs import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sqlalchemy.engine import Connection, Row
 
-    from outbox.consumer.arrival import Arrival, Key
-    from outbox.consumer.attempts import Attempts
-    from outbox.consumer.delivery import Deliveries
+    from outbox.consumer.batch import Deliveries
+    from outbox.consumer.delivery import Arrival, Key
+    from outbox.consumer.exclusive import Turnstile
+    from outbox.consumer.retries import Attempts
     from outbox.consumer.transaction import HandlerSession
-    from outbox.consumer.turnstile import Turnstile
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Replays:
         """Say whether a living process is between two transactions of a replay: then its lock does not tell."""
         if not row.starts or row.starter in (None, self._process):
             return False
-        return upkeep.lives(connection, self._name, row.starter, self._deliveries.clock())
+        return heartbeat.lives(connection, self._name, row.starter, self._deliveries.clock())
 
     def end(self, row_id: int) -> None:
         """Record that a replay ended, without success: the process lives."""

@@ -178,7 +178,7 @@ class Service:
         raised here and leaves nothing behind; at run time it would be tried again and then parked. Returns `applied`,
         `duplicate`, or `parked` (no handler, unreadable, late under `strict`, its key is held).
         """
-        from outbox.consumer.delivery import deliver_once
+        from outbox.consumer.batch import deliver_once
 
         return deliver_once(self, message, engine)
 

@@ -6,15 +6,15 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from outbox import metrics
 from outbox.consumer.outcomes import Outcome
 from outbox.consumer.tables import Reason
-from outbox.logs import say
+from outbox.process import metrics
+from outbox.process.logs import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from outbox.consumer.delivery import Settled
+    from outbox.consumer.batch import Settled
     from outbox.consumer.parking import Aside
     from outbox.consumer.service import Service
 

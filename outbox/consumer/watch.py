@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outbox import duration
 from outbox.consumer import handlers, telemetry
-from outbox.logs import say
+from outbox.process import duration
+from outbox.process.logs import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

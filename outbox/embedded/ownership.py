@@ -15,8 +15,8 @@ import os
 import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
-from outbox import failpoints
 from outbox.errors import OutboxError
+from outbox.process import failpoints
 
 if TYPE_CHECKING:
     import sqlite3

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outbox import failpoints
 from outbox.embedded import ownership
 from outbox.embedded.file import BrokerFile
 from outbox.embedded.routing import matches
 from outbox.errors import OutboxError
+from outbox.process import failpoints
 
 if TYPE_CHECKING:
     import sqlite3

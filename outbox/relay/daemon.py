@@ -10,21 +10,22 @@ import time
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from outbox import database, failpoints, migrations, stopping
-from outbox.backoff import Backoff
+from outbox import database, migrations
 from outbox.errors import BrokerError
-from outbox.http import Health, Server
-from outbox.logs import say
+from outbox.process import failpoints, stopping
+from outbox.process.backoff import Backoff
+from outbox.process.logs import say
+from outbox.process.probes import Health, Server
 from outbox.relay import open_broker, telemetry
-from outbox.relay.availability import Availability
-from outbox.relay.counting import Counting
-from outbox.relay.listen import Listener
-from outbox.relay.pump import Limits, Pump
+from outbox.relay.census import Counting
+from outbox.relay.commit_listener import Listener
+from outbox.relay.database_health import Availability
+from outbox.relay.forwarder import Limits, Pump
 from outbox.relay.shards import Shards, boottime
 from outbox.relay.verdict import Policy
-from outbox.store import drain, leases, locks
+from outbox.store import leases, locks, relaying
+from outbox.store.wakeup import THROTTLE_SECONDS
 from outbox.tables import SHARDS, State
-from outbox.wakeup import THROTTLE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -391,11 +392,11 @@ class Relay:
 
     def _remaining(self) -> int | None:
         """Return the exit code of a drain that has sent what it could."""
-        census: list[drain.Census] = []
+        census: list[relaying.Census] = []
 
         def count() -> None:
             with database.reading(self._engine).connect() as connection:
-                census.append(drain.census(connection))
+                census.append(relaying.census(connection))
 
         if not self._database.within(count):
             return None

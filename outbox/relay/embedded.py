@@ -8,15 +8,15 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from outbox import failpoints
-from outbox.backoff import Backoff
 from outbox.embedded.file import BrokerFileError, BrokerFileUnavailable
 from outbox.embedded.queues import Publication, Queues
 from outbox.embedded.urls import path_of
 from outbox.message import cloud_event
+from outbox.process import failpoints
+from outbox.process.backoff import Backoff
 from outbox.relay.broker import Answer, BrokerState, Outcome
-from outbox.relay.frames import CONTENT_TYPE
-from outbox.relay.news import News
+from outbox.relay.broker_log import News
+from outbox.relay.rabbitmq.frames import CONTENT_TYPE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from outbox import metrics
-from outbox.logs import say
+from outbox.process import metrics
+from outbox.process.logs import say
 from outbox.relay.broker import Cause, Outcome
 
 if TYPE_CHECKING:
     from outbox.relay.broker import Answer, BrokerState
-    from outbox.store.drain import Census
+    from outbox.store.relaying import Census
 
 PENDING = metrics.gauge("outbox_pending_messages", "Rows of outbox_pending, by state.", ["state"])
 LAG = metrics.gauge("outbox_lag_seconds", "Age of the oldest pending message that is due.")

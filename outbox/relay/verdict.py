@@ -15,14 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outbox.backoff import Backoff
+from outbox.process.backoff import Backoff
 from outbox.relay.broker import Answer, Outcome
 from outbox.tables import State
 
 if TYPE_CHECKING:
     import random
 
-    from outbox.store.drain import Row
+    from outbox.store.relaying import Row
 
 
 @dataclass(frozen=True, slots=True)

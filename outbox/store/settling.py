@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
-from outbox import failpoints
+from outbox.process import failpoints
 from outbox.store import locks
 from outbox.store.clock import clock, now
 from outbox.store.lists import among, as_list

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, current_app, jsonify
 
-from outbox import SchemaError, metrics
+from outbox import SchemaError
 from outbox.errors import install
+from outbox.process import metrics
 from publisher import database, migrations
 from publisher.api.problems import Problem
 

@@ -8,7 +8,7 @@ from flask import Blueprint, jsonify
 from werkzeug.exceptions import NotFound
 
 from outbox import OutboxError
-from outbox.store import operate
+from outbox.store import operating
 from publisher.conference.describe import moment_text
 from publisher.database import reading
 
@@ -25,7 +25,7 @@ def show(message_id: UUID) -> Response:
     """Show where a message stands."""
     with reading() as db:
         try:
-            found = operate.detail(db.connection(), message_id)
+            found = operating.detail(db.connection(), message_id)
         except OutboxError as error:
             raise NotFound(f"there is no message {message_id}; published ones are kept for OUTBOX_RETENTION") from error
     entry = found.entry

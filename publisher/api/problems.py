@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException
 
 from outbox import InvalidMessage, SchemaError
 from outbox.database import Meaning, meaning
-from outbox.logs import say
+from outbox.process.logs import say
 from publisher import database, migrations
 from publisher.conference.errors import Fault, IllegalMove, Invalid
 

@@ -10,8 +10,9 @@ import click
 import pytest
 import yaml
 
-from outbox import duration, settings
+from outbox import settings
 from outbox.cli import group
+from outbox.process import duration
 from publisher import create_app
 from tests.kit.processes import ROOT, run
 

@@ -12,11 +12,8 @@ from tests.architecture.source import Module, is_in, modules
 from tests.kit.processes import ROOT, environment
 
 #: The modules in which a signal becomes rows.
-CAPTURE = (
-    "outbox.extension", "outbox.capture", "outbox.fates", "outbox.work", "outbox.beneath", "outbox.holding", "outbox.sessions",
-    "outbox.store.write",
-)  # fmt: skip
-RELAY = ("outbox.relay", "outbox.store.drain", "outbox.store.leases")
+CAPTURE = ("outbox.capture", "outbox.store.capturing")
+RELAY = ("outbox.relay", "outbox.store.relaying", "outbox.store.settling", "outbox.store.leases")
 CONSUMER = ("outbox.consumer",)
 COMMANDS = ("outbox.cli",)
 
@@ -28,9 +25,9 @@ HOMES = {
     "flask": (),
     "click": ("outbox.cli",),
     "alembic": ("outbox.migrations",),
-    "prometheus_client": ("outbox.metrics",),
-    "opentelemetry": ("outbox.trace",),
-    "blinker": ("outbox.extension", "outbox.capture", "outbox.consumer", "outbox.sessions"),
+    "prometheus_client": ("outbox.process.metrics",),
+    "opentelemetry": ("outbox.capture.trace",),
+    "blinker": ("outbox.capture", "outbox.consumer"),
 }
 
 #: What applications may hold on to.
@@ -38,13 +35,13 @@ PUBLIC = (
     "outbox.consumer",
     "outbox.database",
     "outbox.errors",
-    "outbox.logs",
-    "outbox.masking",
+    "outbox.process.logs",
+    "outbox.process.masking",
     "outbox.message",
-    "outbox.metrics",
+    "outbox.process.metrics",
     "outbox.migrations",
     "outbox.settings",
-    "outbox.store.operate",
+    "outbox.store.operating",
 )
 
 
@@ -102,7 +99,7 @@ def test_nothing_imports_the_commands_but_the_extension_that_offers_them() -> No
         for module in modules("outbox", "publisher", "consumers")
         if not module.is_in(*COMMANDS) and any(is_in(name, *COMMANDS) for name in module.imports)
     ]
-    assert offenders == ["outbox.extension"]
+    assert offenders == ["outbox.capture.outbox"]
 
 
 @pytest.mark.parametrize("library", HOMES)
@@ -118,7 +115,7 @@ def test_a_library_is_imported_in_its_home_alone(library: str) -> None:
 def test_the_applications_use_public_names_and_never_each_other() -> None:
     for module in modules("publisher", "consumers"):
         for name in module.imports:
-            if is_in(name, "outbox") and name not in ("outbox", "outbox.store"):
+            if is_in(name, "outbox") and name not in ("outbox", "outbox.store", "outbox.process"):
                 is_top_level = name.count(".") == 1 and not name.split(".")[1].islower()
                 assert is_top_level or is_in(name, *PUBLIC), f"{module.name} imports {name}"
         other = "consumers" if module.is_in("publisher") else "publisher"
@@ -149,7 +146,7 @@ def _loaded(program: str) -> set[str]:
         ("from outbox import Outbox", {"pika", "kombu", "amqp", "alembic"}),
         ("from publisher import create_app; create_app()", {"pika", "kombu", "amqp"}),
         ("import outbox.consumer; outbox.consumer.Service('x')", {"flask", "pika", "werkzeug"}),
-        ("import outbox.consumer.worker", {"flask", "pika", "werkzeug"}),
+        ("import outbox.consumer.runtime", {"flask", "pika", "werkzeug"}),
         ("import outbox.relay.daemon", {"flask", "kombu", "werkzeug"}),
         ("import outbox.cli", {"flask", "pika", "kombu", "amqp", "sqlalchemy", "alembic"}),
     ],

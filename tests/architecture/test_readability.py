@@ -46,12 +46,12 @@ def test_every_public_function_and_class_has_a_docstring() -> None:
 @pytest.mark.parametrize(
     ("module", "cls"),
     [
-        ("outbox.extension", "Outbox"),
+        ("outbox.capture.outbox", "Outbox"),
         ("outbox.consumer.service", "Service"),
         ("outbox.settings", "Settings"),
         ("outbox.relay.broker", "Broker"),
-        ("outbox.backoff", "Backoff"),
-        ("outbox.http", "Server"),
+        ("outbox.process.backoff", "Backoff"),
+        ("outbox.process.probes", "Server"),
     ],
 )
 def test_every_public_method_of_what_users_hold_has_a_docstring(module: str, cls: str) -> None:

@@ -20,8 +20,8 @@ from outbox.message import Message, cloud_event
 from outbox.relay.broker import Broker, Outcome, Outgoing
 from outbox.relay.embedded import EmbeddedBroker
 from outbox.relay.rabbitmq import RabbitBroker
-from tests.builders import message
-from tests.fakes import FakeBroker
+from tests.kit.builders import message
+from tests.kit.fakes import FakeBroker
 from tests.kit.outgoing import answered, batch, connected
 from tests.kit.waiting import eventually
 

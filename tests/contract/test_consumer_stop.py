@@ -11,7 +11,7 @@ import pytest
 
 from outbox.consumer import topology
 from outbox.consumer.link import Link
-from tests.consuming import Desk, Recorder, Running, series, settings_for
+from tests.kit.consuming import Desk, Recorder, Running, series, settings_for
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from outbox.consumer.arrival import Arrival
+    from outbox.consumer.delivery import Arrival
     from outbox.message import Received
     from outbox.settings import Settings
 

@@ -17,11 +17,11 @@ from outbox.consumer.outcomes import Outcome
 from outbox.message import Message, new_id
 from outbox.relay.daemon import open_database
 from outbox.settings import load
-from outbox.store import drain, overview
-from outbox.store.drain import Exclusions
+from outbox.store import relaying, status
+from outbox.store.relaying import Exclusions
 from outbox.tables import State
-from tests.builders import message, write
-from tests.consuming import Stage
+from tests.kit.builders import message, write
+from tests.kit.consuming import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -84,8 +84,8 @@ def disposing(engine: Engine) -> Iterator[Engine]:
 def stored(engine: Engine) -> list[Message]:
     """What a relay would publish, read as it reads."""
     with database.reading(engine).connect() as connection:
-        rows = drain.read(connection, after=0, limit=100, exclude=Exclusions()).rows
-        content = drain.messages(connection, [row.message_row for row in rows], max_bytes=10_000_000)
+        rows = relaying.read(connection, after=0, limit=100, exclude=Exclusions()).rows
+        content = relaying.messages(connection, [row.message_row for row in rows], max_bytes=10_000_000)
     return [content.found[row.message_row] for row in rows]  # type: ignore[misc]
 
 
@@ -112,8 +112,8 @@ def test_what_a_relay_reads_and_settles_is_what_an_operator_sees(any_url: str) -
         with engine.begin() as connection:
             write(connection, *(message("t", KEY) for _ in range(3)), state=State.RETRYING)
         with database.reading(engine).connect() as connection:
-            assert drain.census(connection).by_state == {State.RETRYING: 3}
-            assert overview.overview(connection).pending == 3
+            assert relaying.census(connection).by_state == {State.RETRYING: 3}
+            assert status.overview(connection).pending == 3
 
 
 def test_a_command_reads_on_the_app_s_own_engine_whatever_its_sessions_are_set_to(any_url: str, tmp_path: Path) -> None:
@@ -123,8 +123,8 @@ def test_a_command_reads_on_the_app_s_own_engine_whatever_its_sessions_are_set_t
             write(connection, message("t", KEY))
         here = Context(load({"DATABASE_URL": any_url}, environ={}, folder=tmp_path), topics=None, app_engine=engine)
         with here.reading() as connection:
-            assert drain.census(connection).lag_seconds < 600
-            assert overview.overview(connection).pending == 1
+            assert relaying.census(connection).lag_seconds < 600
+            assert status.overview(connection).pending == 1
 
 
 def test_what_a_service_applies_parks_and_counts_is_right(any_url: str) -> None:

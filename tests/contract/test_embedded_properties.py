@@ -12,7 +12,7 @@ from outbox.embedded import connection as embedded_connection
 from outbox.relay.broker import Broker, Outcome, Outgoing
 from outbox.relay.embedded import EmbeddedBroker
 from outbox.relay.rabbitmq import RabbitBroker
-from tests.builders import message
+from tests.kit.builders import message
 from tests.kit.outgoing import answered, connected
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pika import frame, spec
 
 from outbox.message import JSON, Message, cloud_event
-from outbox.relay.frames import CONTENT_TYPE, FRAME_OVERHEAD, PublishEncoder
-from tests.builders import message
+from outbox.relay.rabbitmq.frames import CONTENT_TYPE, FRAME_OVERHEAD, PublishEncoder
+from tests.kit.builders import message
 
 _names = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="*#"), min_size=1, max_size=60)
 _messages = st.builds(

@@ -16,8 +16,8 @@ from sqlalchemy.pool import StaticPool
 from outbox import InvalidMessage, Outbox, migrations, tables
 from outbox.database import create_engine
 from outbox.message import JSON, RESERVED_HEADERS, Message, is_json, received
-from outbox.relay.frames import PublishEncoder
-from outbox.store import drain
+from outbox.relay.rabbitmq.frames import PublishEncoder
+from outbox.store import relaying
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +61,7 @@ def written(engine: Engine, **arguments: Any) -> Message | None:
             return None
         session.commit()
         row = session.scalars(sa.select(sa.func.max(tables.message.c.id))).one()
-        found = drain.messages(session.connection(), [row], max_bytes=2**20).found[row]
+        found = relaying.messages(session.connection(), [row], max_bytes=2**20).found[row]
     assert isinstance(found, Message)
     return found
 

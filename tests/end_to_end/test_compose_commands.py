@@ -14,7 +14,7 @@ import yaml
 from aiosmtpd.controller import Controller
 from aiosmtpd.handlers import Message as Catcher
 
-from outbox import duration
+from outbox.process import duration
 from tests.kit.ports import free_port
 from tests.kit.processes import ROOT, run
 from tests.kit.waiting import eventually

@@ -6,7 +6,7 @@ import os
 import signal
 from typing import Any
 
-from tests.consuming import Recorder
+from tests.kit.consuming import Recorder
 
 KILLER = 13
 

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from outbox import failpoints
 from outbox.embedded import connection, path_of
 from outbox.embedded.queues import Queues
 from outbox.message import Message, received
+from outbox.process import failpoints
 from outbox.relay.broker import Outcome, Outgoing
 from outbox.relay.embedded import EmbeddedBroker
 from tests.kit.waiting import eventually

@@ -9,12 +9,12 @@ from outbox.cli import main
 from outbox.store import settling
 
 if TYPE_CHECKING:
-    from outbox.relay.item import Item
+    from outbox.relay.order.item import Item
 
 
 def settle_before_confirm() -> None:
     """Rows are deleted when their messages are about to be sent."""
-    from outbox.relay.pump import Pump
+    from outbox.relay.forwarder import Pump
 
     take = Pump._take
 
@@ -31,7 +31,7 @@ def settle_before_confirm() -> None:
 
 def acknowledge_before_commit() -> None:
     """Deliveries are acknowledged as they come."""
-    from outbox.consumer.worker import Runtime
+    from outbox.consumer.runtime import Runtime
 
     arrived = Runtime._arrived
 

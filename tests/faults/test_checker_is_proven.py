@@ -14,17 +14,18 @@ import pytest
 import sqlalchemy as sa
 
 from outbox import tables
-from outbox.relay import topics, verdict
+from outbox.relay import verdict
 from outbox.relay.broker import Answer, Outcome
-from outbox.relay.item import Item
-from outbox.relay.lanes import Lanes, _Lane
-from outbox.relay.position import Position, Span
-from outbox.relay.pump import Pump
+from outbox.relay.forwarder import Pump
+from outbox.relay.order import topic_probes
+from outbox.relay.order.item import Item
+from outbox.relay.order.lanes import Lanes, _Lane
+from outbox.relay.order.read_position import Position, Span
 from outbox.relay.shards import Shards
-from outbox.store import drain, settling
-from tests.builders import message, write_message, write_pending
+from outbox.store import relaying, settling
 from tests.faults.verdicts import entry
 from tests.integration.relay.stage import Stage
+from tests.kit.builders import message, write_message, write_pending
 from tests.kit.history import Verdict, judge
 
 if TYPE_CHECKING:
@@ -244,16 +245,16 @@ def two_of_a_key_in_flight(patch: Patch) -> None:
 
 
 def no_question_by_key(patch: Patch) -> None:
-    patch.setattr(drain, "predecessors", lambda _connection, ids: dict.fromkeys(ids, drain.Ahead.NOTHING))
+    patch.setattr(relaying, "predecessors", lambda _connection, ids: dict.fromkeys(ids, relaying.Ahead.NOTHING))
 
 
 def a_hold_kept_only_in_memory(patch: Patch) -> None:
     """The statements know nothing of holds; what the relay remembers of them ends with the next read."""
     no_question_by_key(patch)
-    patch.setattr(drain, "_held", lambda _row: sa.literal(value=False))
+    patch.setattr(relaying, "_held", lambda _row: sa.literal(value=False))
     # Statements are built once: these are built anew, and thrown away again afterwards.
     for name in ("_waiting", "_predecessors"):
-        patch.setattr(drain, name, getattr(drain, name).__wrapped__)
+        patch.setattr(relaying, name, getattr(relaying, name).__wrapped__)
 
 
 def a_cursor_that_never_goes_back(patch: Patch) -> None:
@@ -301,14 +302,14 @@ _BLAME = {Outcome.SILENT: Outcome.REFUSED}
 
 def a_probe_chosen_when_it_is_read(patch: Patch) -> None:
     """The first row of the topic that is read is the one to ask, though it may have to wait."""
-    honest, chosen = topics.Topics.admit, dict[str, int]()
+    honest, chosen = topic_probes.Topics.admit, dict[str, int]()
 
-    def admit(self: topics.Topics, row: Any, now: float) -> bool:
+    def admit(self: topic_probes.Topics, row: Any, now: float) -> bool:
         if self.gated(row) and chosen.setdefault(row.topic, row.id) != row.id:
             return False
         return honest(self, row, now)
 
-    patch.setattr(topics.Topics, "admit", admit)
+    patch.setattr(topic_probes.Topics, "admit", admit)
 
 
 MISTAKES = [

@@ -9,14 +9,14 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from outbox.consumer import delivery, inbox, topology
+from outbox.consumer import batch, inbox, topology
 from outbox.consumer.acks import Acks
 from outbox.consumer.link import Link
 from outbox.consumer.outcomes import Outcome as Applied
 from outbox.message import cloud_event
-from tests.consuming import Desk, Recorder, series
 from tests.faults.verdicts import entry
 from tests.integration.relay.stage import Stage
+from tests.kit.consuming import Desk, Recorder, series
 from tests.kit.history import Entry, Verdict, judge
 from tests.kit.recorder import DONE, NAME, REFUSED
 from tests.kit.waiting import eventually
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Engine
 
-    from outbox.consumer.arrival import Arrival
+    from outbox.consumer.delivery import Arrival
     from outbox.message import Message
     from tests.kit.world import World
 
@@ -50,7 +50,7 @@ def test_a_sequence_taken_for_the_test_of_a_duplicate_misses_effects(
         return judge(sent, sent, effects=_effects(recorder, engine))
 
     assert verdict().problems() == {}
-    take = delivery._Batch._take
+    take = batch._Batch._take
 
     def by_sequence(self: Any, arrival: Arrival, aside: Any) -> Any:
         sequence = arrival.message.sequence if arrival.message else None
@@ -58,7 +58,7 @@ def test_a_sequence_taken_for_the_test_of_a_duplicate_misses_effects(
             return self._duplicate(arrival)
         return take(self, arrival, aside)
 
-    monkeypatch.setattr(delivery._Batch, "_take", by_sequence)
+    monkeypatch.setattr(batch._Batch, "_take", by_sequence)
     assert verdict().effect_missing != []
 
 

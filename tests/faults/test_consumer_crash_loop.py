@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from outbox.consumer import operate, queues
+from outbox.consumer import operating, provisioning
 from outbox.consumer.tables import Reason
-from tests.consuming import EXCHANGE, Desk, message, series, settings_for
 from tests.faults.crashing import KILLER, recorder, service
+from tests.kit.consuming import EXCHANGE, Desk, message, series, settings_for
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ def test_a_crash_loop_ends_with_the_culprit_parked_and_the_innocents_applied(
         broker_url, database_url = f"embedded:///{tmp_path}/broker.db", f"sqlite:///{tmp_path}/service.db"
     given = {"CONSUMER_MAX_ATTEMPTS": "1", "CONSUMER_PREFETCH": "50", "CONSUMER_BATCH": "10"}
     settings = settings_for(broker_url, database_url, **given)
-    engine = operate.open_engine(service, settings)
-    operate.migrate(service, engine)
-    queues.apply(service, settings)
+    engine = operating.open_engine(service, settings)
+    operating.migrate(service, engine)
+    provisioning.apply(service, settings)
     desk = Desk(broker_url)
     killer = message(KILLER, key="bad", sequence=1)
     desk.publish(*series("before", 10), killer, message(100, key="bad", sequence=2), *series("after", 10, first=20))
@@ -52,7 +52,7 @@ def test_a_crash_loop_ends_with_the_culprit_parked_and_the_innocents_applied(
         assert deaths < 12, "the crash loop does not end"
     assert deaths == 4  # three before it is suspected, one on record
 
-    entries = operate.parked_list(engine, service)
+    entries = operating.parked_list(engine, service)
     assert [entry.reason for entry in entries] == [Reason.CRASHED, Reason.BEHIND]
     assert entries[0].id == str(killer.id)
     assert recorder.numbers(engine, "before") == list(range(1, 11))
@@ -62,14 +62,14 @@ def test_a_crash_loop_ends_with_the_culprit_parked_and_the_innocents_applied(
         return  # from here on it is the database alone that counts
 
     # Requeued, it kills again, on record from the first time, and is parked again without taking others along.
-    operate.requeue(engine, service, [str(killer.id)], actor="me@here")
+    operating.requeue(engine, service, [str(killer.id)], actor="me@here")
     deaths = 0
     while spawn(*command, env=env).wait(40) != 0:
         deaths += 1
         assert deaths < 6
     assert deaths == 1
-    assert operate.parked_list(engine, service)[0].reason == Reason.CRASHED
-    operate.requeue(engine, service, [str(killer.id)], actor="me@here")
+    assert operating.parked_list(engine, service)[0].reason == Reason.CRASHED
+    operating.requeue(engine, service, [str(killer.id)], actor="me@here")
     assert spawn(*command, env={**env, "KILLER_IS_HARMLESS": "yes"}).wait(40) == 0
     assert recorder.numbers(engine, "bad") == [KILLER, 100]
     engine.dispose()

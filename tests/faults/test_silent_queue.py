@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.builders import message, write
+from tests.kit.builders import message, write
 from tests.kit.waiting import eventually
 from tests.kit.world import EXCHANGE, TAP, World, end, rabbit_world
 

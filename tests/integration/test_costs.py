@@ -9,14 +9,14 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from outbox import Outbox, migrations
-from outbox.consumer import Service, operate
-from outbox.consumer.arrival import read
-from outbox.consumer.delivery import Deliveries
+from outbox.consumer import Service, operating
+from outbox.consumer.batch import Deliveries
+from outbox.consumer.delivery import read
 from outbox.database import create_engine
 from outbox.message import cloud_event
-from tests.builders import message
-from tests.consuming import TOPIC
 from tests.integration.relay.stage import Stage
+from tests.kit.builders import message
+from tests.kit.consuming import TOPIC
 from tests.kit.costs import statements, wal_bytes
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def test_a_batch_of_a_service_takes_as_many_statements_for_fifty_messages_as_for
     def nothing(message: Any, db_session: Any, /, **extra: Any) -> None:
         """Has no statements of its own."""
 
-    operate.migrate(service, engine)
+    operating.migrate(service, engine)
     deliveries = Deliveries(service, engine, worker=0)
     for count in (2, 50):
         batch = [read(cloud_event(message(TOPIC, f"{count}:{number % 7}", sequence=number + 1))) for number in range(count)]

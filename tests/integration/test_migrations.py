@@ -17,9 +17,9 @@ import outbox
 from outbox import database, migrations, tables
 from outbox.errors import SchemaError
 from outbox.migrations import OUTBOX, History
-from outbox.store import drain
-from outbox.store.drain import Exclusions
-from tests.builders import message, write
+from outbox.store import relaying
+from outbox.store.relaying import Exclusions
+from tests.kit.builders import message, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,7 +198,7 @@ def test_rows_that_the_first_version_wrote_are_there_after_an_upgrade(engine: En
         ids = write(connection, message("t", "k"), message("t", "k"), message("t"))
     migrations.upgrade(engine)
     with engine.connect() as connection:
-        assert [row.id for row in drain.read(connection, after=0, limit=10, exclude=Exclusions()).rows] == ids
+        assert [row.id for row in relaying.read(connection, after=0, limit=10, exclude=Exclusions()).rows] == ids
 
 
 def test_histories_do_not_mix(engine: Engine) -> None:

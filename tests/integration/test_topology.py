@@ -13,8 +13,8 @@ from outbox import database, tables, topology
 from outbox.embedded.queues import Queues
 from outbox.errors import BrokerError, ConfigurationError, Unavailable
 from outbox.settings import Settings, load
-from tests import builders
-from tests.commands import Commands
+from tests.kit import builders
+from tests.kit.commands import Commands
 from tests.kit.ports import free_port
 
 if TYPE_CHECKING:

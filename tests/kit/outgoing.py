@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from outbox.relay.broker import Outgoing
-from tests.builders import message
+from tests.kit.builders import message
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import sqlalchemy as sa
 from outbox.database import create_engine
 from outbox.embedded import path_of
 from outbox.embedded.queues import Queues
-from tests.commands import Commands
 from tests.kit import recorder, writers
+from tests.kit.commands import Commands
 from tests.kit.history import Entry, fingerprint
 from tests.kit.waiting import eventually
 

@@ -19,9 +19,10 @@ from blinker import NamedSignal
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from outbox import Outbox, failpoints
+from outbox import Outbox
 from outbox.database import create_engine
 from outbox.message import JSON
+from outbox.process import failpoints
 from tests.kit.history import fingerprint
 from tests.kit.recorder import DONE, NOTED, REFUSED
 

@@ -21,7 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_co
 
 from outbox.errors import InvalidMessage
 from outbox.message import JSON, RESERVED_HEADERS, Message, cloud_event, encode, new_id, received
-from tests import builders
+from tests.kit import builders
 
 _LIMIT = 256 * 1024
 

@@ -10,7 +10,7 @@ import pytest
 
 from outbox import settings
 from outbox.errors import ConfigurationError
-from outbox.masking import mask
+from outbox.process.masking import mask
 from outbox.settings import Settings, load, override
 
 if TYPE_CHECKING:

@@ -8,6 +8,6 @@ or an answer nobody asked for, no later answer could be trusted to belong to the
 
 from __future__ import annotations
 
-from outbox.relay.rabbitmq.client import RabbitBroker
+from outbox.relay.rabbitmq.broker import RabbitBroker
 
 __all__ = ["RabbitBroker"]

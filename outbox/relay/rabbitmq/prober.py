@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from outbox.relay.broker import Answer, Cause, Outcome
-from outbox.relay.endings import Ending
-from outbox.relay.rabbitmq.link import Link, unanswered
+from outbox.relay.rabbitmq.close_reasons import Ending
+from outbox.relay.rabbitmq.publishing import Link, unanswered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from outbox.relay.broker import Outgoing
-    from outbox.relay.rabbitmq.link import Terms
+    from outbox.relay.rabbitmq.publishing import Terms
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, SessionTransaction
 
-from outbox import InvalidMessage, Outbox, database, migrations, tables, work
+from outbox import InvalidMessage, Outbox, database, migrations, tables
+from outbox.capture import work
 from outbox.database import create_engine
 from outbox.errors import CaptureError
 from tests.integration.capture.conftest import Talk, empty, ledger

@@ -11,8 +11,8 @@ import sqlalchemy as sa
 
 from outbox import tables
 from outbox.message import Message, new_id
-from outbox.store.write import Held, shard_of, write
-from outbox.wakeup import CHANNEL
+from outbox.store.capturing import Held, shard_of, write
+from outbox.store.wakeup import CHANNEL
 
 if TYPE_CHECKING:
     from tests.integration.capture.conftest import World

@@ -10,8 +10,8 @@ from outbox import tables
 from outbox.relay.daemon import Mode, Relay
 from outbox.settings import Settings
 from outbox.store.clock import clock, now
-from tests.builders import write
-from tests.fakes import FakeBroker
+from tests.kit.builders import write
+from tests.kit.fakes import FakeBroker
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from outbox.relay.broker import Outcome
-from outbox.store import operate
+from outbox.store import operating
 from outbox.tables import State
-from tests.builders import message
 from tests.integration.relay.stage import Stage
+from tests.kit.builders import message
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -26,11 +26,11 @@ def act(stage: Stage, verb: str) -> int:
     """Discard or requeue all rows that are held; returns how many may be on the way."""
     rows = [row.message_row for row in stage.rows() if row.state != State.PENDING]
     with stage.engine.begin() as connection:
-        flying = operate.perhaps_flying(connection, rows)
+        flying = operating.perhaps_flying(connection, rows)
         if verb == "discard":
-            operate.discard(connection, rows, actor="ada@host", reason="a test message")
+            operating.discard(connection, rows, actor="ada@host", reason="a test message")
         else:
-            operate.requeue(connection, rows, actor="ada@host")
+            operating.requeue(connection, rows, actor="ada@host")
     return flying
 
 

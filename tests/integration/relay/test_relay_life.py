@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
-from outbox import database, migrations, stopping, tables
+from outbox import database, migrations, tables
 from outbox.errors import ConfigurationError, SchemaError
+from outbox.process import stopping
 from outbox.relay import daemon, open_broker
 from outbox.relay.broker import Outcome
 from outbox.relay.daemon import Mode, Relay, open_database
 from outbox.relay.embedded import EmbeddedBroker
 from outbox.relay.rabbitmq import RabbitBroker
 from outbox.settings import Settings
+from outbox.store.wakeup import CHANNEL
 from outbox.tables import State
-from outbox.wakeup import CHANNEL
-from tests.builders import message, write
-from tests.fakes import FakeBroker
 from tests.integration.relay.running import running
 from tests.integration.relay.stage import Stage, settings
+from tests.kit.builders import message, write
+from tests.kit.fakes import FakeBroker
 from tests.kit.ports import free_port
 from tests.kit.waiting import eventually
 
@@ -340,7 +341,7 @@ def counted(found: dict[str, float], topic: str) -> dict[str, float]:
 
 
 def probe_metrics() -> str:
-    from outbox import metrics
+    from outbox.process import metrics
 
     rendered = metrics.render()
     assert rendered is not None

@@ -11,9 +11,9 @@ import sqlalchemy as sa
 from outbox import tables
 from outbox.message import Message
 from outbox.relay.broker import Cause, Outcome
-from outbox.store import drain
-from tests.builders import message, write, write_message, write_pending
+from outbox.store import relaying
 from tests.integration.relay.stage import Stage
+from tests.kit.builders import message, write, write_message, write_pending
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -148,7 +148,7 @@ def test_a_message_that_was_committed_late_below_what_was_read_is_delivered_firs
 
 
 def test_it_is_the_query_by_key_that_keeps_the_order(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drain, "predecessors", lambda _connection, ids: dict.fromkeys(ids, drain.Ahead.NOTHING))
+    monkeypatch.setattr(relaying, "predecessors", lambda _connection, ids: dict.fromkeys(ids, relaying.Ahead.NOTHING))
     assert overtake(Stage(engine)) == [2, 1]
 
 

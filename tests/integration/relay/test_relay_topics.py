@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from outbox.relay.broker import Cause, Outcome
-from tests.builders import message
 from tests.integration.relay.stage import Stage
+from tests.kit.builders import message
 
 if TYPE_CHECKING:
     import pytest

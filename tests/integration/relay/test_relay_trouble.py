@@ -10,18 +10,18 @@ import sqlalchemy as sa
 from pika import spec
 
 from outbox import migrations, tables
-from outbox.backoff import Backoff
 from outbox.errors import BrokerError
+from outbox.process.backoff import Backoff
 from outbox.relay.broker import Outcome
 from outbox.relay.daemon import Mode, Relay, open_database
 from outbox.relay.embedded import EmbeddedBroker
 from outbox.relay.rabbitmq import RabbitBroker
-from outbox.store import drain, leases, overview, settling
+from outbox.store import leases, relaying, settling, status
 from outbox.tables import State
-from tests.builders import message, write
-from tests.fakes import FakeBroker
 from tests.integration.relay.running import running
 from tests.integration.relay.stage import Stage, settings
+from tests.kit.builders import message, write
+from tests.kit.fakes import FakeBroker
 from tests.kit.scripted_amqp import ScriptedAmqp, acknowledge
 from tests.kit.waiting import eventually
 
@@ -69,14 +69,14 @@ def test_a_row_that_somebody_has_locked_stops_only_itself_and_status_says_who_it
         stage.turn(20, seconds=0.5)
         assert said(caplog, "rows.locked") == 1
         with postgres.connect() as connection:
-            (relay,) = overview.overview(connection).relays
+            (relay,) = status.overview(connection).relays
         pid = person.scalar(sa.select(sa.func.pg_backend_pid()))
         assert f"process {pid} 'a console'" in relay.trouble
         assert [row.id for row in stage.rows()] == locked
     stage.run_dry()
     stage.turn(3, seconds=1.0)
     with postgres.connect() as connection:
-        assert overview.overview(connection).relays[0].trouble == ""
+        assert status.overview(connection).relays[0].trouble == ""
     assert len(stage.broker.sent) == stage.published_total() == 6
 
 
@@ -141,7 +141,7 @@ def test_while_the_database_is_away_what_is_loaded_goes_out_and_is_settled_later
         def fail(*_: object, **__: object) -> None:
             raise down()
 
-        for module, name in ((drain, "read"), (drain, "predecessors"), (settling, "settle")):
+        for module, name in ((relaying, "read"), (relaying, "predecessors"), (settling, "settle")):
             away.setattr(module, name, fail)
         away.setattr(leases, "renew", fail)
         stage.broker.script = lambda _: Outcome.CONFIRMED

@@ -8,13 +8,14 @@ import pytest
 import sqlalchemy as sa
 
 from outbox import tables
-from outbox.relay import counting, telemetry
+from outbox.relay import census as counting
+from outbox.relay import telemetry
 from outbox.relay.broker import Outcome
-from outbox.store import drain
+from outbox.store import relaying
 from outbox.store.clock import clock, now
 from outbox.tables import State
-from tests.builders import message, write
 from tests.integration.relay.stage import Stage
+from tests.kit.builders import message, write
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -46,8 +47,8 @@ def test_rows_behind_a_topic_that_refuses_keep_no_due_row_beyond_them_from_being
 
 
 def test_what_is_free_behind_more_rows_than_a_page_has_is_found(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = drain.read
-    monkeypatch.setattr(drain, "read", lambda *args, **options: read(*args, **options, scanned=10))
+    read = relaying.read
+    monkeypatch.setattr(relaying, "read", lambda *args, **options: read(*args, **options, scanned=10))
     stage = Stage(engine)
     with engine.begin() as connection:
         write(connection, message("t", "k"), state=State.DEAD)

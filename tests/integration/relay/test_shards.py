@@ -15,8 +15,8 @@ from outbox.store import leases
 from outbox.store.clock import clock, now
 from outbox.store.leases import Holder
 from outbox.tables import SHARDS
-from tests.builders import message
 from tests.integration.relay.stage import Stage
+from tests.kit.builders import message
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from outbox import migrations
 from outbox.relay.broker import Outcome
 from outbox.relay.daemon import open_database
-from tests.builders import message
 from tests.integration.relay.stage import Stage
+from tests.kit.builders import message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from outbox.beneath import ends, only_reads
+from outbox.capture.beneath import ends, only_reads
 
 
 @pytest.mark.parametrize(

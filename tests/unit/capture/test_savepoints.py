@@ -7,8 +7,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
+from outbox.capture.outcomes import savepoints
 from outbox.database import prepare
-from outbox.fates import savepoints
 
 
 def test_the_open_savepoints_of_a_connection_are_known_innermost_first() -> None:

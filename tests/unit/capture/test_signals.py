@@ -10,7 +10,7 @@ import pytest
 from blinker import Namespace, Signal
 
 from outbox import Outbox
-from outbox.capture import Capture, KeyTemplate, connect
+from outbox.capture.signals import Capture, KeyTemplate, connect
 from outbox.errors import ConfigurationError, InvalidMessage
 
 

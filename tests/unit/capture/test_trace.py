@@ -9,7 +9,7 @@ import pytest
 from flask import Flask
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 
-from outbox import trace
+from outbox.capture import trace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

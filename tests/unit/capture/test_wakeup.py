@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from outbox.wakeup import Throttle
+from outbox.store.wakeup import Throttle
 
 
 def test_a_notification_is_due_once_in_the_throttles_time() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from outbox.cli.advice import SILENT_SECONDS, advice, spokesman
 from outbox.message import new_id
-from outbox.store.overview import Overview, Relay, Stuck
+from outbox.store.status import Overview, Relay, Stuck
 
 _NOW = datetime(2026, 1, 1, tzinfo=UTC)
 _RELAY = Relay(

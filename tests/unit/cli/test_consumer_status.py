@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from outbox.cli.consumers import advise
-from outbox.consumer.operate import Status
+from outbox.consumer.operating import Status
 
 _PROCESS: dict[str, Any] = {"id": "1", "host": "host", "pid": 1, "connected": True, "seen_age_seconds": 0.5}
 _WELL = Status(

@@ -9,7 +9,7 @@ import click
 
 from outbox.cli.status import as_text
 from outbox.message import new_id
-from outbox.store.overview import Overview, Relay, Stuck
+from outbox.store.status import Overview, Relay, Stuck
 
 _NOW = datetime(2026, 1, 1, tzinfo=UTC)
 _RELAY = Relay("relay-1", "host", 1, "1", "running", _NOW, 0.5, 64, True, False, "")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox.consumer.acks import _LINE_SECONDS, Acks, Receipt
-from outbox.consumer.arrival import Arrival
+from outbox.consumer.delivery import Arrival
 
 _ARRIVAL = Arrival(body=b"", message=None)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from outbox.backoff import Backoff
 from outbox.consumer import background
 from outbox.consumer.background import Worker
+from outbox.process.backoff import Backoff
 from tests.kit.waiting import eventually
 
 ENGINE: Any = object()

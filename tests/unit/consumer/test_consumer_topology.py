@@ -9,7 +9,7 @@ from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
 
 from outbox.consumer import topology
 from outbox.errors import BrokerError, ConfigurationError
-from tests.consuming import Recorder
+from tests.kit.consuming import Recorder
 
 WANTED = topology.of(Recorder().service, "openevent")
 

@@ -14,7 +14,7 @@ from pika import spec
 from outbox.consumer import topology
 from outbox.consumer.link import Link, shown
 from outbox.errors import BrokerError, Unavailable
-from tests.consuming import Desk, Recorder, message
+from tests.kit.consuming import Desk, Recorder, message
 from tests.kit.scripted_amqp import ScriptedAmqp
 from tests.kit.waiting import eventually
 

@@ -19,17 +19,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from outbox.backoff import Backoff
-from outbox.consumer import Reject, Retry, operate, tables
-from outbox.consumer.arrival import Arrival, read
-from outbox.consumer.attempts import Attempts, Pause, Policy
-from outbox.consumer.delivery import Deliveries
+from outbox.consumer import Reject, Retry, operating, tables
+from outbox.consumer.batch import Deliveries
+from outbox.consumer.delivery import Arrival, read
+from outbox.consumer.exclusive import Turnstile
 from outbox.consumer.redrive import Redriver
+from outbox.consumer.retries import Attempts, Pause, Policy
 from outbox.consumer.tables import State
-from outbox.consumer.turnstile import Turnstile
 from outbox.database import prepare
 from outbox.message import cloud_event
-from tests.consuming import Recorder, message, rows
+from outbox.process.backoff import Backoff
+from tests.kit.consuming import Recorder, message, rows
 
 KEYS = ("a", "b")
 AT_ONCE = Backoff(0.0, 0.0)
@@ -70,7 +70,7 @@ class ParkingMachine(RuleBasedStateMachine):
         self.engine = prepare(sa.create_engine("sqlite://", poolclass=sa.StaticPool))
         self.recorder = Recorder(order=order, before=self.behave)
         self.strict = order == "strict"
-        operate.migrate(self.recorder.service, self.engine)
+        operating.migrate(self.recorder.service, self.engine)
         deliveries = Deliveries(self.recorder.service, self.engine, 0, clock=lambda: self.now)
         stopping = threading.Event()
         pause = Pause("exports", POLICY, stopping, random.Random(1))
@@ -148,13 +148,13 @@ class ParkingMachine(RuleBasedStateMachine):
         for each in self.sent.values():
             if each.id in chosen and each.id not in holding and each.sequence < self.keys[each.key].highest:
                 each.late = True  # it let go, and was overtaken
-        operate.requeue(self.engine, self.recorder.service, chosen, actor="me@here", now=self.now)
+        operating.requeue(self.engine, self.recorder.service, chosen, actor="me@here", now=self.now)
 
     @precondition(lambda self: self.waiting_for_a_person())
     @rule(data=st.data())
     def a_person_discards(self, data: Any) -> None:
         chosen = data.draw(st.sampled_from(self.waiting_for_a_person()))
-        operate.discard(self.engine, self.recorder.service, [chosen], actor="me@here", reason="of no use", now=self.now)
+        operating.discard(self.engine, self.recorder.service, [chosen], actor="me@here", reason="of no use", now=self.now)
         next(each for each in self.sent.values() if each.id == chosen).discarded = True
 
     @rule(hours=st.sampled_from([0, 0, 2]))
@@ -216,7 +216,7 @@ class ParkingMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_counters_agree_with_the_tables(self) -> None:
-        status = operate.status(self.engine, self.recorder.service)
+        status = operating.status(self.engine, self.recorder.service)
         parked = rows(self.engine, tables.parked)
         assert status.applied_total == len(self.recorder.seen(self.engine))
         assert status.parked == sum(row.state != State.DISCARDED for row in parked)

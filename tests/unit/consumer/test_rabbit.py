@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox import amqp_url
-from outbox.consumer.arrival import UNREADABLE_PROPERTIES
+from outbox.consumer.delivery import UNREADABLE_PROPERTIES
 from outbox.consumer.rabbit import FrameBuffer, _Buffered, tolerant_frames, transport
 from outbox.errors import ConfigurationError
 

@@ -18,7 +18,7 @@ from outbox.consumer.outcomes import Incomplete
 from outbox.database import create_engine
 from outbox.errors import ConfigurationError
 from outbox.message import cloud_event, received
-from tests.consuming import TOPIC, Recorder, data, message, rows
+from tests.kit.consuming import TOPIC, Recorder, data, message, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +133,7 @@ def test_without_kombu_running_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['amqp'] = sys.modules['kombu'] = None\n"
         "import outbox.errors\n"
-        "try:\n    import outbox.consumer.worker\n"
+        "try:\n    import outbox.consumer.runtime\n"
         "except outbox.errors.ConfigurationError as error:\n    print(error, end='')"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

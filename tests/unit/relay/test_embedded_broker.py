@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from outbox.backoff import Backoff
 from outbox.embedded.ownership import Ownership, QueueLock, lock_path
 from outbox.embedded.queues import Queues, queue_number
 from outbox.errors import ConfigurationError
 from outbox.message import Message, cloud_event, new_id
+from outbox.process.backoff import Backoff
 from outbox.relay.broker import Outcome, Outgoing
 from outbox.relay.embedded import EmbeddedBroker
 from tests.kit.waiting import eventually
@@ -106,7 +106,7 @@ def test_nothing_is_answered_before_the_commit(broker: EmbeddedBroker, queues: Q
         if name == "E1":  # inserted, not committed; R2 comes after the commit
             seen.append((queues.depth("exports").ready, len(broker.answers(0))))
 
-    monkeypatch.setattr("outbox.failpoints.reached", between)
+    monkeypatch.setattr("outbox.process.failpoints.reached", between)
     broker.start()
     broker.send(_batch("session.modified"))
     assert seen == [(0, 0)]

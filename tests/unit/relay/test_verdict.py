@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from outbox.backoff import Backoff
+from outbox.process.backoff import Backoff
 from outbox.relay import verdict
 from outbox.relay.broker import Answer, Outcome
 from outbox.relay.verdict import AGAIN, DONE, Hold, Policy
-from outbox.store.drain import Row
+from outbox.store.relaying import Row
 from outbox.tables import State
 
 POLICY = Policy(exchange="openevent", max_attempts=3, backoff=Backoff(1.0, 300.0), unheard_seconds=5.0)
