@@ -95,11 +95,10 @@ class Link:
 
     def consume(self, topology: Topology, prefetch: int, on_arrival: Callable[[Arrival], None]) -> None:
         """Declare *topology* and begin to receive; *on_arrival* is called from `receive`. Raises as `topology.declare`."""
-        channel = self.new_channel()
-        topologies.declare(channel, topology)
-        channel.close()
-        self._consume(topology.main, prefetch, on_arrival, dead=False)
-        self._consume(topology.dead, prefetch, on_arrival, dead=True)
+        topologies.declare(self.new_channel, topology)
+        with topologies.advised(topology):
+            self._consume(topology.main, prefetch, on_arrival, dead=False)
+            self._consume(topology.dead, prefetch, on_arrival, dead=True)
 
     def _consume(self, queue: Queue, prefetch: int, on_arrival: Callable[[Arrival], None], *, dead: bool) -> None:
         channel = self.new_channel()
@@ -125,8 +124,7 @@ class Link:
             on_arrival(arrival)
 
         channel.basic_qos(0, prefetch, False)  # per consumer: RabbitMQ 4.3 refuses a global one
-        with topologies.explained(f"consuming queue {queue.name!r}"):
-            channel.basic_consume(queue=queue.name, consumer_tag=queue.name, no_ack=False, callback=received)
+        topologies.consume(channel, queue, received)
 
     # --- receiving ----------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ def show(service: Service, settings: Settings) -> Topology:
 def declare_exchange(settings: Settings) -> None:
     """Make the exchange that every service binds its queue to; doing so again changes nothing. Raises as `apply`."""
     with _channels(settings) as link:
-        topology.declare_exchange(link.new_channel(), settings.exchange)
+        topology.make_exchange(link.new_channel(), settings.exchange)
 
 
 def apply(service: Service, settings: Settings) -> Topology:
@@ -53,7 +53,7 @@ def apply(service: Service, settings: Settings) -> Topology:
     """
     wanted = show(service, settings)
     with _channels(settings) as link:
-        topology.declare(link.new_channel(), wanted)
+        topology.declare(link.new_channel, wanted)
     return wanted
 
 
@@ -68,12 +68,13 @@ def check(service: Service, settings: Settings) -> list[Finding]:
 def _check_queue(link: Link, queue: topology.Queue, typed: str) -> Finding:
     try:
         waiting = topology.backlog(link.new_channel(), queue.name)
-        topology.declare_queue(link.new_channel(), queue)  # it exists: nothing is made, only compared
+        compared = topology.declare_queue(link.new_channel, queue)  # it exists: nothing is made, only compared
     except NotFound:
         return Finding(False, f"queue {queue.name!r} does not exist; outbox consumer topology {typed} --apply, or start it")
     except ConfigurationError as error:
         return Finding(False, str(error))
-    return Finding(True, f"queue {queue.name!r} is as it should be; {waiting} messages wait in it")
+    state = "is as it should be" if compared else "is there (whether as it should be, the user may not ask)"
+    return Finding(True, f"queue {queue.name!r} {state}; {waiting} messages wait in it")
 
 
 def _check_bindings(wanted: Topology, settings: Settings) -> list[Finding]:
@@ -102,15 +103,15 @@ def retire(service: Service, settings: Settings, *, force: bool = False) -> Reti
     """
     wanted = show(service, settings)
     with _channels(settings) as link:
-        there = [queue for queue in (wanted.main, wanted.dead) if topology.exists(link.new_channel(), queue.name)]
+        there = [queue for queue in (wanted.main, wanted.dead) if topology.exists(link.new_channel, queue.name)]
         for queue in there:
             if consumers := topology.consumers(link.new_channel(), queue.name):
                 raise OutboxError(f"queue {queue.name!r} has {consumers} consumers; stop the service first")
         if wanted.main in there:  # so that nothing comes while we look
-            topology.unbind(link.new_channel(), wanted.main)
+            topology.unbind(link.new_channel(), wanted.main, wanted.main.routing_keys)
         holding = {queue.name: topology.backlog(link.new_channel(), queue.name) for queue in there}
         if any(holding.values()) and not force:
-            topology.declare(link.new_channel(), wanted)
+            topology.declare(link.new_channel, wanted)
             held = ", ".join(f"{name!r} holds {count}" for name, count in holding.items() if count)
             raise OutboxError(f"{held} messages; apply them (outbox consumer run {service.typed} --drain), or force it")
         channel = link.new_channel()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import struct
 import threading
 import urllib.request
@@ -629,35 +628,6 @@ def test_a_broker_that_refuses_us_ends_the_service_with_a_named_error(rabbit: Pl
     with pytest.raises(BrokerError, match=says) as refusal:
         runtime.run(recorder.service, settings_for(url, rabbit.database_url))
     assert "wrong" not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("missing", "refused"),
-    [
-        ({"configure": "none"}, f"exchange '{EXCHANGE}.dead'"),
-        ({"write": "none"}, f"binding queue '{QUEUE}.dead'"),
-        ({"read": "none"}, f"binding queue '{QUEUE}.dead'"),
-        ({"read": rf"^{EXCHANGE}(\.dead|\.exports)?$"}, f"consuming queue '{QUEUE}.dead'"),
-    ],
-    ids=["configure", "write", "read", "read-of-the-queue"],
-)
-def test_a_missing_permission_ends_the_service_with_what_to_give(
-    rabbit: Place, rabbit_server: Any, missing: dict[str, str], refused: str
-) -> None:
-    vhost = urlsplit(rabbit.broker_url).path.strip("/")
-    user = f"may-not-{vhost}"
-    manage = rabbit_server.management.request
-    manage("PUT", f"users/{user}", {"password": "secret", "tags": ""})
-    manage("PUT", f"permissions/{vhost}/{user}", {"configure": ".*", "write": ".*", "read": ".*", **missing})
-    recorder = Recorder()
-    operating.migrate(recorder.service, operating.open_engine(recorder.service, rabbit.settings()))
-    parts = urlsplit(rabbit.broker_url)
-    url = f"amqp://{user}:secret@{parts.hostname}:{parts.port}/{vhost}"
-    try:
-        with pytest.raises(BrokerError, match=rf"^{re.escape(refused)}.*give the user configure, write and read"):
-            runtime.run(recorder.service, settings_for(url, rabbit.database_url))
-    finally:
-        manage("DELETE", f"users/{user}")
 
 
 # --- seen from outside -------------------------------------------------------------------------------------------------
