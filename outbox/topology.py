@@ -11,16 +11,31 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit, urlunsplit
 
 from outbox.errors import BrokerError, ConfigurationError, Unavailable
+from outbox.process.masking import mask
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from outbox.settings import Settings
 
 _TIMEOUT_SECONDS = 10.0
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Makes an error of every redirect."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Return nothing: the redirect is not followed."""
+
+
+#: To the named host and nowhere else: a proxy or whoever redirects us would be given user and password.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +47,8 @@ class Queue:
     type: str
     durable: bool
     messages: int
-    consumers: int
+    #: Active ones and those waiting for their turn; None where nobody can tell.
+    consumers: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +70,30 @@ class Topology:
     exchange_type: str | None
     durable: bool
     bindings: tuple[Binding, ...]
-    #: By name; those bound to the exchange.
+    #: By name; those bound to the exchange, and those that belong to a service on it, bound or not.
     queues: dict[str, Queue]
+
+    def unbound(self) -> list[str]:
+        """Return the queues of services that get nothing: they lost all their bindings, or were not bound yet."""
+        bound = {binding.destination for binding in self.bindings if binding.is_queue}
+        return [name for name in self.queues if name not in bound]
+
+    def patterns(self, queue: str) -> set[str]:
+        """Return what *queue* is bound to."""
+        return {binding.pattern for binding in self.bindings if binding.is_queue and binding.destination == queue}
 
     def destinations(self, topic: str) -> list[Binding]:
         """Return the bindings that take *topic*, one for each destination."""
         from outbox.embedded.routing import matches
 
         return list({item.destination: item for item in self.bindings if matches(item.pattern, topic)}.values())
+
+
+def service_of(queue: str, exchange: str) -> str | None:
+    """Return the service on *exchange* whose queue *queue* is; None: no service's."""
+    name = queue.removeprefix(f"{exchange}.")
+    # A service's name has no dot; that of the exchange may have.
+    return None if name == queue or "." in name or name == "dead" else name
 
 
 def read(settings: Settings) -> Topology | None:
@@ -80,6 +112,20 @@ def read(settings: Settings) -> Topology | None:
     return _of_rabbitmq(Management(settings.broker_management_url), amqp_url.parse(url).vhost, settings.exchange)
 
 
+def bound(settings: Settings, queue: str) -> set[str] | None:
+    """Return the patterns that *queue* is bound to; None where nobody can tell. Raises as `read`, whose cheap half it is."""
+    url = str(settings.broker_url)
+    if url.startswith("embedded:"):
+        return _of_embedded(url, settings.exchange).patterns(queue)
+    if settings.broker_management_url is None:
+        return None
+    from outbox import amqp_url
+
+    where, name = quote(amqp_url.parse(url).vhost, safe=""), quote(queue, safe="")
+    found = Management(settings.broker_management_url).get(f"queues/{where}/{name}/bindings?columns=source,routing_key")
+    return {item["routing_key"] for item in found or [] if item["source"] == settings.exchange}
+
+
 def _of_embedded(url: str, exchange: str) -> Topology:
     from outbox.embedded.queues import Queues
     from outbox.embedded.urls import path_of
@@ -90,7 +136,8 @@ def _of_embedded(url: str, exchange: str) -> Topology:
     with Queues(path) as broker:
         bindings = broker.bindings(exchange)
         queues = {}
-        for name in sorted({binding.queue for binding in bindings}):
+        wanted = {binding.queue for binding in bindings}
+        for name in (each for each in broker.queues() if each in wanted or service_of(each, exchange)):
             depth = broker.depth(name)
             queues[name] = Queue(name, "embedded", True, depth.ready + depth.leased, int(depth.consumed))
     found = tuple(Binding(binding.pattern, binding.queue) for binding in bindings)
@@ -102,21 +149,38 @@ def _of_rabbitmq(management: Management, vhost: str, exchange: str) -> Topology:
     where = quote(vhost, safe="")
     name = quote(exchange, safe="")
     found = management.get(f"exchanges/{where}/{name}")
+    bindings: tuple[Binding, ...] = ()
+    if found is not None:
+        bindings = tuple(
+            Binding(item["routing_key"], item["destination"], item["destination_type"] == "queue")
+            for item in management.get(f"exchanges/{where}/{name}/bindings/source") or []
+        )
+    wanted = {binding.destination for binding in bindings if binding.is_queue}
+    queues = {
+        queue.name: queue for queue in _queues(management, where) if queue.name in wanted or service_of(queue.name, exchange)
+    }
     if found is None:
-        return Topology(exchange, None, False, (), {})
-    bindings = tuple(
-        Binding(item["routing_key"], item["destination"], item["destination_type"] == "queue")
-        for item in management.get(f"exchanges/{where}/{name}/bindings/source") or []
-    )
-    bound = {binding.destination for binding in bindings if binding.is_queue}
-    queues = {}
-    for item in management.get(f"queues/{where}?disable_stats=true&enable_queue_totals=true") or []:
-        if item["name"] in bound:
-            type_ = item.get("type") or item.get("arguments", {}).get("x-queue-type", "classic")
-            queues[item["name"]] = Queue(
-                item["name"], type_, bool(item.get("durable")), item.get("messages", 0), item.get("consumers", 0)
-            )
+        return Topology(exchange, None, False, (), queues)
     return Topology(exchange, found["type"], bool(found["durable"]), bindings, queues)
+
+
+def _queues(management: Management, where: str) -> Iterator[Queue]:
+    consumers = _consumers(management, where)
+    # Without statistics, which are some seconds old, the number of messages is that of now.
+    for item in management.get(f"queues/{where}?disable_stats=true&enable_queue_totals=true") or []:
+        name = item["name"]
+        type_ = item.get("type") or item.get("arguments", {}).get("x-queue-type", "classic")
+        consuming = None if consumers is None else consumers[name]
+        yield Queue(name, type_, bool(item.get("durable")), item.get("messages", 0), consuming)
+
+
+def _consumers(management: Management, where: str) -> Counter[str] | None:
+    """Return how many consume each queue; None where the broker keeps no such statistics."""
+    try:
+        found = management.get(f"consumers/{where}?columns=queue.name")
+    except BrokerError:
+        return None
+    return Counter(item["queue"]["name"] for item in found or [])
 
 
 class Management:
@@ -135,7 +199,7 @@ class Management:
         """Return the decoded answer to GET `/api/` + *path*; None for 404."""
         request = urllib.request.Request(f"{self._base}/api/{path}", headers=self._headers)  # noqa: S310 - settings allow http(s) only
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:  # noqa: S310
+            with _opener.open(request, timeout=_TIMEOUT_SECONDS) as response:
                 return json.load(response)
         except urllib.error.HTTPError as refusal:
             with refusal:
@@ -157,5 +221,10 @@ class Management:
         if refusal.code == http.HTTPStatus.UNAUTHORIZED:
             return BrokerError(
                 f"{self._name}: user {self._user!r} or its password is refused, or the user has no tag `monitoring`"
+            )
+        if location := refusal.headers.get("Location"):
+            elsewhere = mask(urljoin(self._base, location))
+            return ConfigurationError(
+                f"{self._name}: it redirects to {elsewhere}, where user and password are not sent; name the right host"
             )
         return BrokerError(f"{self._name}: GET /api/{path} answered {refusal.code} {refusal.reason}")

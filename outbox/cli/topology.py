@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from outbox.cli.context import Context
+    from outbox.settings import Settings
     from outbox.topology import Topology
 
 _BLIND = "RabbitMQ tells its bindings through the management API only"
@@ -57,7 +58,13 @@ def _rows(found: Topology) -> Iterator[tuple[str, ...]]:
         if queue is None:
             yield binding.pattern, f"exchange {binding.destination}", "", "", ""
         else:
-            yield binding.pattern, queue.name, queue.type, f"{queue.messages:,}", str(queue.consumers)
+            yield (
+                binding.pattern,
+                queue.name,
+                queue.type,
+                f"{queue.messages:,}",
+                "?" if queue.consumers is None else str(queue.consumers),
+            )
 
 
 def _as_dict(found: Topology) -> dict[str, object]:
@@ -84,8 +91,27 @@ def apply() -> None:
         return
     from outbox.consumer.provisioning import declare_exchange
 
-    declare_exchange(here.settings)
+    was_missing = declare_exchange(here.settings)
     text.say(f"The durable topic exchange {exchange!r} is there.")
+    if names := _to_be_bound(here.settings, was_missing=was_missing):
+        sentence = (
+            f"Before messages flow {names} must be bound: the relay goes on as soon as one queue is, and past the others. "
+            "Services that run bind within 30 seconds, at once if they saw that the exchange was gone. To be sure, stop the "
+            "relay until `outbox consumer topology NAME --apply` was run for each."
+        )
+        text.say(text.wrapped(sentence, indent=""), error=True)
+
+
+def _to_be_bound(settings: Settings, *, was_missing: bool) -> str:
+    from outbox import topology as broker
+
+    try:
+        found = broker.read(settings)
+    except OutboxError:
+        found = None
+    if found is not None:
+        return ", ".join(found.unbound())
+    return "the queues of services" if was_missing else ""
 
 
 @topology.command()
@@ -114,6 +140,9 @@ def examine(here: Context) -> Iterator[Finding]:
             yield Finding(topic, Verdict.UNKNOWN, "whether a queue is bound")
         return
     yield _exchange(found)
+    for name in found.unbound():
+        detail = f"queue {name} is bound to nothing: service {broker.service_of(name, found.exchange)!r} gets nothing"
+        yield Finding("queue", Verdict.FAIL, detail, "outbox consumer topology NAME --apply, or outbox consumer retire NAME")
     if found.exchange_type is None:
         return
     if not topics:
@@ -163,4 +192,4 @@ def _topic(topic: str, found: Topology) -> Finding:
         names = ", ".join(sorted(item.destination for item in reached))
         return Finding(topic, Verdict.UNKNOWN, f"it goes to exchange {names}; what is bound there is not looked into")
     detail = f"no queue on exchange {found.exchange!r} takes it; its messages wait"
-    return Finding(topic, Verdict.FAIL, detail, "start the service that wants it: outbox consumer run NAME")
+    return Finding(topic, Verdict.FAIL, detail, "for the service that wants it: outbox consumer topology NAME --apply")

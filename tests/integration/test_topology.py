@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
+import pika
 import pytest
 import sqlalchemy as sa
 
@@ -16,6 +19,7 @@ from outbox.settings import Settings, load
 from tests.kit import builders
 from tests.kit.commands import Commands
 from tests.kit.ports import free_port
+from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +50,10 @@ class Vhost:
     def declare(self, kind: str, name: str, **options: Any) -> None:
         """Make an exchange or a queue."""
         self._management.request("PUT", f"{kind}s/{self._name}/{name}", {"durable": True, **options})
+
+    def delete(self, kind: str, name: str) -> None:
+        """Delete an exchange or a queue."""
+        self._management.request("DELETE", f"{kind}s/{self._name}/{name}")
 
     def bind(self, destination: str, pattern: str, kind: str = "q") -> None:
         """Bind a queue, or with kind `e` an exchange."""
@@ -187,6 +195,78 @@ def test_the_doctor_finds_a_working_broker_and_what_it_lacks(vhost: Vhost, engin
     result = outbox("doctor")
     assert result.exit_code == 0, result.stdout
     assert result.stdout.endswith("\nAll is well.\n")
+
+
+def test_a_queue_shows_how_many_consume_it(vhost: Vhost) -> None:
+    vhost.declare("exchange", _EXCHANGE, type="topic")
+    vhost.declare("queue", "openevent.exports", arguments={"x-queue-type": "quorum"})
+    vhost.bind("openevent.exports", "#")
+    connection = pika.BlockingConnection(pika.URLParameters(vhost.url))
+    for _ in range(2):
+        connection.channel().basic_consume("openevent.exports", lambda *_: None)
+
+    def consumers() -> int | None:
+        found = topology.read(load(environ=vhost.env))
+        assert found is not None
+        return found.queues["openevent.exports"].consumers
+
+    eventually(lambda: consumers() == 2, what="the consumers to be counted")
+    connection.close()
+    eventually(lambda: consumers() == 0, what="the consumers to be gone")
+
+
+def test_a_service_whose_queue_lost_its_bindings_is_named(vhost: Vhost, engine: Engine, sqlite_url: str) -> None:
+    vhost.declare("exchange", _EXCHANGE, type="topic")
+    for name in ("openevent.exports", "openevent.audit", "openevent.audit.dead", "somebodys"):
+        vhost.declare("queue", name, arguments={"x-queue-type": "quorum"})
+    vhost.bind("openevent.exports", "#")
+    outbox = Commands({**vhost.env, "DATABASE_URL": sqlite_url})
+    said = outbox("topology", "check")
+    assert said.exit_code == 1
+    assert "queue openevent.audit is bound to nothing: service 'audit' gets nothing" in said.stdout
+    assert "outbox consumer topology NAME --apply" in said.stdout
+    assert said.stdout.count("is bound to nothing") == 1
+
+
+def test_making_the_exchange_names_the_services_that_messages_would_pass(vhost: Vhost) -> None:
+    outbox = Commands(vhost.env)
+    first = outbox("topology", "apply")
+    assert (first.exit_code, first.stderr) == (0, "")
+    vhost.declare("queue", "openevent.exports", arguments={"x-queue-type": "quorum"})
+    assert "Before messages flow openevent.exports must be bound" in outbox("topology", "apply").stderr
+    vhost.bind("openevent.exports", "#")
+    assert outbox("topology", "apply").stderr == ""
+    blind = Commands({**vhost.env, "BROKER_MANAGEMENT_URL": ""})
+    assert blind("topology", "apply").stderr == ""
+    vhost.delete("exchange", _EXCHANGE)
+    assert "Before messages flow the queues of services must be bound" in blind("topology", "apply").stderr
+
+
+def test_user_and_password_go_to_the_named_host_alone(vhost: Vhost, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(302)
+            self.send_header("Location", f"http://u:p@127.0.0.1:{self.server.server_address[1]}/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://guest:hunter2@127.0.0.1:{server.server_port}"
+        monkeypatch.setenv("http_proxy", url)
+        assert topology.read(load(environ=vhost.env)) is not None
+        assert asked == []
+        with pytest.raises(ConfigurationError, match=r"it redirects to http://.*name the right host") as refusal:
+            topology.read(load(environ={**vhost.env, "BROKER_MANAGEMENT_URL": url}))
+        server.shutdown()
+    assert len(asked) == 1
+    assert "hunter2" not in str(refusal.value)
+    assert "u:p" not in str(refusal.value)
 
 
 # --- the embedded broker ------------------------------------------------------------------------------------------------
