@@ -152,13 +152,16 @@ def advise(item: Status, typed: str) -> None:
 @consumer.command()
 @click.argument("name")
 @click.option("--apply", "apply_", is_flag=True, help="Declare exchange, queues and bindings, as the service does at start.")
+@click.option("--prune", is_flag=True, help="With --apply: unbind the queue from topics that have no handler any more.")
 @click.option("--check", is_flag=True, help="Compare with what the broker has; exit 1 unless all is there.")
 @_json
 @click.pass_context
-def topology(ctx: click.Context, name: str, apply_: bool, check: bool, as_json: bool) -> None:
+def topology(ctx: click.Context, name: str, apply_: bool, prune: bool, check: bool, as_json: bool) -> None:
     """Show, declare or check the queues of a service."""
     if apply_ and check:
         raise click.UsageError("--apply and --check exclude each other")
+    if prune and not apply_:
+        raise click.UsageError("--prune goes with --apply")
     from outbox.cli import services
     from outbox.consumer import provisioning
 
@@ -169,6 +172,7 @@ def topology(ctx: click.Context, name: str, apply_: bool, check: bool, as_json: 
         findings.show(found, as_json=as_json)
         ctx.exit(0 if all(item.verdict is Verdict.OK for item in found) else 1)
     wanted = (provisioning.apply if apply_ else provisioning.show)(service, here.settings)
+    unbound = provisioning.prune(service, here.settings) if prune else []
     both = (wanted.main, wanted.dead)
     if as_json:
         text.say_json([_queue_dict(queue) for queue in both])
@@ -177,6 +181,8 @@ def topology(ctx: click.Context, name: str, apply_: bool, check: bool, as_json: 
         text.say("Declared:")
     rows = [(queue.name, queue.exchange, key) for queue in both for key in queue.routing_keys]
     text.say(text.table(("QUEUE", "EXCHANGE", "TOPIC"), rows))
+    if prune:
+        text.say(f"Unbound from: {', '.join(unbound)}" if unbound else "No topic was bound without a handler.")
 
 
 def _queue_dict(queue: Queue) -> dict[str, Any]:

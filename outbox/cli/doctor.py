@@ -35,7 +35,8 @@ _SKEW_SECONDS = 1.0
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Try everything, and say what does not work.
 
-    Settings, database, tables, relay, broker, topology and (under flask) signals; exit 1 when something fails.
+    Settings, database, tables, relay, broker, topology, the services of ./consumers and (under flask) signals; exit 1 when
+    something fails.
     """
     found = []
     for item in examine():
@@ -69,6 +70,7 @@ def examine() -> Iterator[Finding]:
     usable = yield from _broker(here)
     if usable:
         yield from _topology(here)
+        yield from _services(here)
     yield from _signals(here)
 
 
@@ -216,6 +218,30 @@ def _topology(here: Context) -> Iterator[Finding]:
         yield from topology.examine(here)
     except OutboxError as error:
         yield Finding("topology", Verdict.FAIL, str(error))
+
+
+def _services(here: Context) -> Iterator[Finding]:
+    """The queues of the services that can be imported here, against what the broker has."""
+    from outbox.cli import services
+
+    for name in services.all_names():
+        try:
+            yield from _service(here, name)
+        except OutboxError as error:
+            yield Finding("service", Verdict.UNKNOWN, str(error))
+
+
+def _service(here: Context, name: str) -> Iterator[Finding]:
+    from outbox.cli import services
+    from outbox.consumer import provisioning
+
+    service = services.find(name)
+    if not provisioning.is_deployed(service, here.settings):
+        detail = f"{name}: it has no queue, nothing is kept for it"
+        yield Finding("service", Verdict.WARN, detail, f"outbox consumer topology {name} --apply, or start it")
+        return
+    for item in provisioning.check(service, here.settings):
+        yield Finding("service", {True: Verdict.OK, False: Verdict.FAIL, None: Verdict.UNKNOWN}[item.ok], item.text)
 
 
 # --- the app ------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,10 @@ class Link:
             self._consume(topology.main, prefetch, on_arrival, dead=False)
             self._consume(topology.dead, prefetch, on_arrival, dead=True)
 
+    def bind(self, topology: Topology) -> None:
+        """Make the bindings again; what is there stays as it is. Raises NotFound when a queue or the exchange is gone."""
+        topologies.bind_again(self.new_channel, topology)
+
     def _consume(self, queue: Queue, prefetch: int, on_arrival: Callable[[Arrival], None], *, dead: bool) -> None:
         channel = self.new_channel()
         acks = Acks()

@@ -10,6 +10,7 @@ from outbox import topology as brokers
 from outbox.consumer import topology
 from outbox.consumer.amqp_errors import AMQPError, NotFound
 from outbox.consumer.link import Link, shown
+from outbox.embedded.routing import matches
 from outbox.errors import ConfigurationError, OutboxError, Unavailable
 
 if TYPE_CHECKING:
@@ -40,14 +41,16 @@ def show(service: Service, settings: Settings) -> Topology:
     return topology.of(service, settings.exchange)
 
 
-def declare_exchange(settings: Settings) -> None:
-    """Make the exchange that every service binds its queue to; doing so again changes nothing. Raises as `apply`."""
+def declare_exchange(settings: Settings) -> bool:
+    """Make the exchange that every service binds its queue to; return whether it was missing. Raises as `apply`."""
     with _channels(settings) as link:
-        topology.make_exchange(link.new_channel(), settings.exchange)
+        was_missing = not topology.has_exchange(link.new_channel, settings.exchange)
+        topology.make_exchange(link.new_channel(), settings.exchange)  # one that is there is compared
+    return was_missing
 
 
 def apply(service: Service, settings: Settings) -> Topology:
-    """Declare exchange, queues and bindings, as the service does when it starts; doing so again changes nothing.
+    """Make what is missing of exchange, queues and bindings, as the service does at its start; again: changes nothing.
 
     Raises ConfigurationError and BrokerError for what waiting would not mend, Unavailable where no broker answers.
     """
@@ -57,12 +60,34 @@ def apply(service: Service, settings: Settings) -> Topology:
     return wanted
 
 
+def prune(service: Service, settings: Settings) -> list[str]:
+    """Unbind the queue of *service* from what it has no handler for; return the patterns. Raises as `apply`.
+
+    Raises ConfigurationError where nobody can tell what is bound.
+    """
+    queue = show(service, settings).main
+    settings.require("BROKER_URL")
+    found = brokers.bound(settings, queue.name)
+    if found is None:
+        raise ConfigurationError("RabbitMQ tells its bindings through the management API only; set BROKER_MANAGEMENT_URL")
+    others = sorted(found - set(queue.routing_keys))
+    with _channels(settings) as link:
+        topology.unbind(link.new_channel(), queue, others)
+    return others
+
+
 def check(service: Service, settings: Settings) -> list[Finding]:
     """Return whether the broker has what *service* needs; changes nothing. Raises as `apply`."""
     wanted = show(service, settings)
     with _channels(settings) as link:
         findings = [_check_queue(link, queue, service.typed) for queue in (wanted.main, wanted.dead)]
-    return findings + _check_bindings(wanted, settings)
+    return findings + _check_bindings(wanted, settings, service.typed)
+
+
+def is_deployed(service: Service, settings: Settings) -> bool:
+    """Say whether *service* has a queue: from then on something is kept for it. Raises as `apply`."""
+    with _channels(settings) as link:
+        return topology.exists(link.new_channel, show(service, settings).main.name)
 
 
 def _check_queue(link: Link, queue: topology.Queue, typed: str) -> Finding:
@@ -77,22 +102,22 @@ def _check_queue(link: Link, queue: topology.Queue, typed: str) -> Finding:
     return Finding(True, f"queue {queue.name!r} {state}; {waiting} messages wait in it")
 
 
-def _check_bindings(wanted: Topology, settings: Settings) -> list[Finding]:
-    found = brokers.read(settings)
-    queue, topics = wanted.main.name, wanted.main.routing_keys
+def _check_bindings(wanted: Topology, settings: Settings, typed: str) -> list[Finding]:
+    queue, topics = wanted.main.name, set(wanted.main.routing_keys)
+    found = brokers.bound(settings, queue)
     if found is None:
         return [Finding(None, f"bindings of {queue!r}: unknown; set BROKER_MANAGEMENT_URL to see them")]
-    bound = {binding.pattern for binding in found.bindings if binding.is_queue and binding.destination == queue}
+    command = f"outbox consumer topology {typed} --apply"
     missing = [
-        Finding(False, f"topic {topic!r} does not reach {queue!r}; start the service, it binds its topics")
-        for topic in topics
-        if topic not in bound
+        Finding(False, f"topic {topic!r} does not reach {queue!r}; {command}")
+        for topic in sorted(topics)
+        if not any(matches(pattern, topic) for pattern in found)
     ]
     stale = [
-        Finding(False, f"{queue!r} is bound to {pattern!r}, which has no handler: such messages are parked; unbind it")
-        for pattern in sorted(bound - set(topics))
+        Finding(False, f"{queue!r} is bound to {pattern!r}, which has no handler: such messages are parked; {command} --prune")
+        for pattern in sorted(found - topics)
     ]
-    return missing + stale or [Finding(True, f"{queue!r} is bound to {', '.join(topics)}")]
+    return missing + stale or [Finding(True, f"{queue!r} is bound to {', '.join(sorted(topics))}")]
 
 
 def retire(service: Service, settings: Settings, *, force: bool = False) -> Retired:

@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from outbox.consumer import background, heartbeat, operating, topology
 from outbox.consumer.amqp_errors import ConsumerCancelled
 from outbox.consumer.batch import Deliveries
+from outbox.consumer.bindings import Bindings
 from outbox.consumer.exclusive import Turnstile
 from outbox.consumer.failures import is_refusal, is_transient
 from outbox.consumer.heartbeat import Upkeep
@@ -117,6 +118,7 @@ class Runtime:
         self._pool = Pool(attempts[:workers], self._waiting, batch=min(batch, share), wake=self._wake)
         self._upkeep = Upkeep(service, engine, retention_seconds=settings.inbox_retention_seconds)
         self._redriver = Redriver(attempts[workers:], turnstile, self._stopping, batch=batch, process=self._upkeep.id)
+        self._bindings = Bindings(service, self._topology, settings)
         self._backgrounds = [background.Worker(service.name, each, engine) for each in service.backgrounds]
 
     def _expected_seconds(self, arrival: Arrival) -> float:
@@ -144,6 +146,7 @@ class Runtime:
                 return 0
             finally:
                 self.stop()
+                self._bindings.stop()
                 self._drop()
                 self._upkeep.stop()
 
@@ -305,6 +308,7 @@ class Runtime:
     def _connect(self) -> Link:
         self._link = link = Link(self._url, name=f"{self._service.name} {socket.gethostname()}:{os.getpid()}")
         link.consume(self._topology, self._prefetch, self._arrived)
+        self._bindings.start()
         self._consuming = self._consumed_before = True
         self._lost = ""
         self._said.clear()
@@ -343,6 +347,7 @@ class Runtime:
                 each.wake()
         if link.acknowledge():
             failpoints.reached("K5")
+        self._bindings.keep(link)
         self._upkeep.look(link)
         self._watch.look()
 

@@ -88,8 +88,7 @@ def declare(open_channel: Callable[[], Any], topology: Topology) -> None:
 
 def declare_exchange(open_channel: Callable[[], Any], name: str, type_: str = "topic") -> None:
     """Make a durable exchange unless there is one of that name: it is the publisher's, and what it is like is up to him."""
-    with contextlib.suppress(NotFound), _opened(open_channel) as channel:
-        channel.exchange_declare(name, type_, passive=True, durable=True, auto_delete=False)
+    if has_exchange(open_channel, name, type_):
         return
     try:
         with _opened(open_channel) as channel:
@@ -99,6 +98,16 @@ def declare_exchange(open_channel: Callable[[], Any], name: str, type_: str = "t
             text = f"{error}; let a user who has it make the exchange (outbox topology apply)"
             raise Refused(text, vhost=error.vhost, user=error.user) from error
         raise
+
+
+def has_exchange(open_channel: Callable[[], Any], name: str, type_: str = "topic") -> bool:
+    """Say whether there is an exchange of that name."""
+    try:
+        with _opened(open_channel) as channel:
+            channel.exchange_declare(name, type_, passive=True, durable=True, auto_delete=False)
+    except NotFound:
+        return False
+    return True
 
 
 def make_exchange(channel: Any, name: str, type_: str = "topic") -> None:
@@ -134,6 +143,15 @@ def bind(channel: Any, queue: Queue) -> None:
     with explained(f"binding queue {queue.name!r} to exchange {queue.exchange!r}", rights):
         for routing_key in queue.routing_keys:
             channel.queue_bind(queue.name, queue.exchange, routing_key)
+
+
+def bind_again(open_channel: Callable[[], Any], topology: Topology) -> None:
+    """Make bindings of a running service that may be gone; never the exchange, which others need too. Raises as `bind`."""
+    with _opened(open_channel) as channel:
+        bind(channel, topology.main)
+    declare_exchange(open_channel, topology.dead.exchange, topology.dead.exchange_type)
+    with _opened(open_channel) as channel:
+        bind(channel, topology.dead)
 
 
 def unbind(channel: Any, queue: Queue, routing_keys: Iterable[str]) -> None:

@@ -249,7 +249,7 @@ def test_user_and_password_go_to_the_named_host_alone(vhost: Vhost, monkeypatch:
         def do_GET(self) -> None:
             asked.append(self.path)
             self.send_response(302)
-            self.send_header("Location", f"http://u:p@127.0.0.1:{self.server.server_address[1]}/elsewhere")
+            self.send_header("Location", "http://u:p@127.0.0.1:9/elsewhere")
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
