@@ -19,6 +19,7 @@ from outbox import migrations
 from outbox.consumer import delivery as arrivals
 from outbox.consumer import inbox, parking, tables
 from outbox.consumer.failures import is_transient
+from outbox.consumer.hand import Hand
 from outbox.consumer.migrations import history
 from outbox.consumer.outcomes import Outcome
 from outbox.consumer.parking import Aside
@@ -80,6 +81,8 @@ class Deliveries:
     #: Whose row of the counters this one adds to.
     worker: int
     clock: Callable[[], datetime] = field(default=now_utc)
+    #: What the worker thread has in hand.
+    hand: Hand = field(default_factory=Hand)
 
     def __post_init__(self) -> None:
         protect(self.engine)
@@ -87,11 +90,11 @@ class Deliveries:
     def settle(self, batch: Sequence[Arrival], aside: Mapping[Arrival, Aside] = _NONE_ASIDE) -> list[Settled]:
         """Settle *batch* in one transaction, in order: applied, recognised as duplicates, or parked.
 
-        Those in *aside* are parked without being handled. Raises Transient, or what a handler raised; then nothing of the
-        batch was written.
+        Those in *aside* are parked without being handled. Raises Transient, Cut, or what a handler raised; then nothing of
+        the batch was written.
         """
-        with transaction(self.engine) as session:
-            settled = _Batch(self.service, session, self.clock(), self.worker).settle(batch, aside)
+        with transaction(self.engine) as session, self.hand.settling(batch, session.connection()):
+            settled = _Batch(self.service, session, self.clock(), self.worker, self.hand).settle(batch, aside)
         failpoints.reached("K4")
         return settled
 
@@ -122,12 +125,13 @@ class Deliveries:
 class _Batch:
     """The work of one transaction."""
 
-    def __init__(self, service: Service, session: HandlerSession, now: datetime, worker: int) -> None:
+    def __init__(self, service: Service, session: HandlerSession, now: datetime, worker: int, hand: Hand) -> None:
         self._service = service
         self._session = session
         self._connection: Connection = session.connection()
         self._now = now
         self._worker = worker
+        self._hand = hand
         self._marks: dict[Key, Mark] = {}
         self._tally = Tally()
         self._rows: list[dict[str, object]] = []
@@ -147,6 +151,7 @@ class _Batch:
             self._duplicate(arrival) if fresh is None else self._take(arrival, aside.get(arrival))
             for arrival, fresh in zip(batch, first, strict=True)
         ]
+        self._hand.handled()
         failpoints.reached("K3")
         if self._rows:
             parking.write(self._connection, self._rows)
@@ -165,6 +170,7 @@ class _Batch:
         task = aside or self._task(arrival, late=late, held=held)
         if isinstance(task, Aside):
             return self._park(arrival, dataclasses.replace(task, late=late))
+        self._hand.handles(arrival, task.handler.calls.usual_seconds())
         begun = time.perf_counter()
         task.handle(self._session, late=late)
         self._tally.applied += 1

@@ -65,12 +65,15 @@ class Calls:
         """Note that it returned or raised."""
         self._under_way.discard(call)
         seconds = self._clock() - call.since
-        known = 0.0 if self._expected == math.inf else self._expected
-        self._expected = max(seconds, _FADING * known + (1 - _FADING) * seconds)
+        self._expected = max(seconds, _FADING * self.usual_seconds() + (1 - _FADING) * seconds)
 
     def under_way(self) -> list[Call]:
         """Return the calls that have not ended."""
         return list(self._under_way)
+
+    def usual_seconds(self) -> float:
+        """Return how long calls took of late; 0 before one has ended."""
+        return 0.0 if self._expected == math.inf else self._expected
 
     def expected_seconds(self) -> float:
         """Return how long the next call may take: about as long as the slowest of late; infinite before the first one."""

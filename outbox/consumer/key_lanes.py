@@ -4,8 +4,9 @@ A key is in one worker's hands at a time, and its messages leave in the order th
 Messages without a key wait for nobody.
 
 What shares a batch shares its fate until the batch is done: while one message of it takes long, the keys of the others
-wait. So a batch is no more than a second of work, as far as one can tell: messages whose handler was slow of late, or was
-not yet called, or is in a call that does not end, come alone. And it is no more than a mebibyte of bodies.
+wait, until they are given back (`hand`). So a batch is no more than a second of work, as far as one can tell: messages whose
+handler was slow of late, or was not yet called, or is in a call that does not end, come alone. And it is no more than a
+mebibyte of bodies.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Waiting:
         self._changed = threading.Condition()
         self._lanes: dict[Key | None, _Lane] = {}
         self._ready: deque[_Lane] = deque()  # lanes that hold messages and are not taken
-        self._closed = False
+        #: Nobody takes anything any more.
+        self.closed = threading.Event()
 
     def add(self, arrival: Arrival) -> None:
         """Let *arrival* wait for a worker."""
@@ -93,9 +95,9 @@ class Waiting:
         A suspect comes alone, and what may take long.
         """
         with self._changed:
-            while not self._ready and not self._closed:
+            while not self._ready and not self.closed.is_set():
                 self._changed.wait()
-            if self._closed:
+            if self.closed.is_set():
                 return None
             batch = _Batch(limit, self._seconds_of)
             while self._ready and batch.takes(self._ready[0].messages[0]):
@@ -125,6 +127,19 @@ class Waiting:
                 else:
                     del self._lanes[key]
 
+    def give_back(self, batch: Sequence[Arrival]) -> None:
+        """Let *batch* wait again, before all others of its keys, which the caller is done with."""
+        with self._changed:
+            for arrival in reversed(batch):
+                lane = self._lanes.get(arrival.key)
+                if lane is None:
+                    lane = self._lanes[arrival.key] = _Lane(arrival.key)
+                if lane.taken or not lane.messages:
+                    lane.taken = False
+                    self._ready.appendleft(lane)
+                lane.messages.appendleft(arrival)
+            self._changed.notify_all()
+
     def clear(self) -> None:
         """Forget what no worker has taken: its connection is gone, it will be delivered again."""
         with self._changed:
@@ -136,7 +151,7 @@ class Waiting:
     def close(self) -> None:
         """Let nobody take anything any more."""
         with self._changed:
-            self._closed = True
+            self.closed.set()
             self._changed.notify_all()
 
     def __len__(self) -> int:

@@ -42,11 +42,13 @@ def open_engine(service: Service, settings: Settings) -> Engine:
     url = str(settings.consumer_database_url).replace("{service}", service.name)
     if sa.make_url(url).get_backend_name() == "sqlite":
         return database.create_engine(url, role=database.Role.SERVICE)
-    # A connection for each worker and each replay, upkeep, background work, and one to spare. Not asked whether it is alive
-    # each time it is taken, which would be a sixth of a small transaction: one that fails is made again, and the work with it.
+    # A connection for each worker and each replay, upkeep, background work, and one to spare; for a while also one for each
+    # that stands in for a stuck worker. Not asked whether it is alive each time it is taken, which would be a sixth of a small
+    # transaction: one that fails is made again, and the work with it.
     spare = 2 + min(settings.consumer_workers, REPLAYERS) + len(service.backgrounds)
     size = settings.consumer_workers + spare
-    return database.create_engine(url, role=database.Role.SERVICE, name=service.name, pool_size=size, pool_pre_ping=False)
+    options = {"pool_size": size, "max_overflow": settings.consumer_workers, "pool_pre_ping": False}
+    return database.create_engine(url, role=database.Role.SERVICE, name=service.name, **options)
 
 
 # --- tables --------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from outbox.consumer.failures import describe, first_line, is_the_databases, is_
 from outbox.consumer.outcomes import Incomplete, Reject, Retry
 from outbox.consumer.parking import PATIENCE_SECONDS, Aside, patience, plain, unnamed
 from outbox.consumer.tables import Reason
-from outbox.consumer.transaction import Conflict, Transient
+from outbox.consumer.transaction import Conflict, Cut, Transient
 from outbox.process.backoff import Backoff
 from outbox.process.logs import say
 
@@ -191,7 +191,7 @@ class Attempts:
         if len(batch) > 1:
             if self._together(batch, done):
                 return
-            batch = [again(arrival) for arrival in batch]
+            batch = [again(arrival) for arrival in batch if self.deliveries.hand.keeps(arrival)]
         self._one_by_one([InHand(arrival=arrival) for arrival in batch], done)
 
     # --- together ---------------------------------------------------------------------------------------------------------
@@ -204,6 +204,8 @@ class Attempts:
             try:
                 with self._turnstile.calm() if conflicts else self._turnstile.side_by_side():
                     settled = self.deliveries.settle(batch)
+            except Cut:
+                return False
             except Conflict as error:
                 conflicts += 1
                 self._turnstile.conflict()
@@ -225,18 +227,22 @@ class Attempts:
 
     def _one_by_one(self, cases: list[InHand], done: Callable[[list[Settled]], None]) -> None:
         """Settle each; while one waits, only the later ones of its key wait with it."""
+        hand = self.deliveries.hand
         while cases:
             waiting: dict[object, InHand] = {}
             for case in list(cases):
-                if case.lane in waiting:
+                if case.lane in waiting or not hand.keeps(case.arrival):
                     continue
+                hand.holds([each.arrival for each in cases])
                 if (settled := self._tried(case)) is None:
                     waiting[case.lane] = case
                 else:
                     cases.remove(case)
                     done(settled)
-            if waiting:
-                self._until(min(case.due for case in waiting.values()))
+            # What was taken away meanwhile is another worker's; what was tried of it is forgotten.
+            cases = [case for case in cases if hand.keeps(case.arrival)]
+            if due := [case.due for case in waiting.values() if case in cases]:
+                self._until(min(due))
 
     def _tried(self, case: InHand) -> list[Settled] | None:
         """Return what became of the message; None: it has to wait until it is due."""

@@ -114,10 +114,12 @@ class Runtime:
         batch = service.batch or settings.consumer_batch
         # What one worker takes no other has: of a small prefetch each gets its share.
         share = max(1, settings.consumer_prefetch // workers)
-        attempts = [self._attempts(number, policy) for number in range(workers + min(workers, operating.REPLAYERS))]
-        self._pool = Pool(attempts[:workers], self._waiting, batch=min(batch, share), wake=self._wake)
+        replayers = min(workers, operating.REPLAYERS)
+        attempts = [self._attempts(number, policy) for number in range(2 * workers + replayers)]
+        own, replaying, spares = attempts[:workers], attempts[workers:-workers], attempts[-workers:]
+        self._pool = Pool(own, self._waiting, batch=min(batch, share), wake=self._wake, spares=spares)
         self._upkeep = Upkeep(service, engine, retention_seconds=settings.inbox_retention_seconds)
-        self._redriver = Redriver(attempts[workers:], turnstile, self._stopping, batch=batch, process=self._upkeep.id)
+        self._redriver = Redriver(replaying, turnstile, self._stopping, batch=batch, process=self._upkeep.id)
         self._bindings = Bindings(service, self._topology, settings)
         self._backgrounds = [background.Worker(service.name, each, engine) for each in service.backgrounds]
 

@@ -34,6 +34,10 @@ class Conflict(Transient):
     """Another transaction was in the way."""
 
 
+class Cut(Exception):
+    """The transaction was ended from outside, for the sake of the messages that waited in it. Nothing was written."""
+
+
 class HandlerSession(Session):
     """A session whose transaction belongs to the runtime: it holds the inbox rows of other messages too."""
 
@@ -101,6 +105,8 @@ def _undo(session: HandlerSession, connection: Connection | None, seal: Seal | N
 
 def _told(error: BaseException, connection: Connection | None, seal: Seal | None, *, handled: bool) -> BaseException:
     """Return what *error* means for whoever wanted the transaction."""
+    if isinstance(error, Cut):  # that its connection is dead says nothing about the database
+        return error
     if connection is None or seal is None:
         return Transient(str(error)) if is_transient(error) else error
     if mistake := seal.mistake(error):

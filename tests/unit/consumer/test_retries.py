@@ -17,6 +17,7 @@ from outbox.consumer import Reject, Retry, Service, retries
 from outbox.consumer.batch import Settled
 from outbox.consumer.delivery import Arrival, read
 from outbox.consumer.exclusive import Turnstile
+from outbox.consumer.hand import Hand
 from outbox.consumer.outcomes import Incomplete, Outcome
 from outbox.consumer.retries import Attempts, Pause, Policy, Stopping
 from outbox.consumer.tables import Reason
@@ -52,6 +53,7 @@ class Script:
     works: bool = True
     service: Service = field(default_factory=lambda: Service("exports"))
     worker: int = 0
+    hand: Hand = field(default_factory=Hand)
 
     def clock(self) -> datetime:
         return NOW
