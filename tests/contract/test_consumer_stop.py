@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from outbox.consumer import topology
+from outbox.consumer import hand, topology
 from outbox.consumer.link import Link
 from tests.kit.consuming import Desk, Recorder, Running, series, settings_for
 from tests.kit.waiting import eventually
@@ -109,16 +109,18 @@ def test_a_dropped_connection_gives_its_successor_what_was_prefetched_first(brok
     second.drop()
 
 
+@pytest.mark.parametrize("batch", [1, 50])
 def test_a_message_that_hangs_keeps_its_own_key_from_being_acknowledged_and_nothing_else(
-    any_broker_url: str, postgres_url: str, sqlite_url: str
+    any_broker_url: str, postgres_url: str, sqlite_url: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hand, "STUCK_SECONDS", 0.5)
     go_on = threading.Event()
 
     def hang(message: Received, _session: Session) -> None:
         if message.key == "hung" and message.sequence == 2:
             go_on.wait(30)
 
-    one, two = Recorder(before=hang, batch=1), Recorder(batch=1)
+    one, two = Recorder(before=hang, batch=batch), Recorder(batch=1)
     settings = settings_for(any_broker_url, postgres_url, CONSUMER_PREFETCH="20", OUTBOX_SHUTDOWN_TIMEOUT="200ms")
     first = Running(one.service, settings).start()
     others = [each for group in zip(*(series(f"key:{number}", 20) for number in range(10)), strict=True) for each in group]
