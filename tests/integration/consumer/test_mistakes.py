@@ -361,5 +361,5 @@ def test_the_log_of_a_parked_message_says_the_class_and_the_place_and_no_payload
     attempts = Attempts(stage.deliveries, QUICK, Pause("exports", QUICK, threading.Event(), rng), rng)
     attempts.settle([arrival(message(1))], lambda results: telemetry.settled(stage.recorder.service, results))
     assert "parked (failed: ValueError at " in caplog.text
-    assert "test_consumer_mistakes.py" in caplog.text
+    assert "test_mistakes.py" in caplog.text
     assert "secret" not in caplog.text
