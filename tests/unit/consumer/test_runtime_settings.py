@@ -114,16 +114,22 @@ def test_sqlite_has_one_writer_and_a_service_on_it_one_worker(tmp_path: Path) ->
     assert len(names) == 1
 
 
-def test_of_a_small_prefetch_no_worker_takes_all(tmp_path: Path, postgres_url: str) -> None:
-    together = threading.Barrier(4)  # one worker with all eight would never pass it
+def test_of_a_small_prefetch_no_worker_takes_all(tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_lanes, "_BATCH_SECONDS", 3600.0)  # the gate makes a slow handler
+    gate = Gate()
     broker = f"embedded:///{tmp_path}/broker.db"
-    recorder = Recorder(before=lambda *_: together.wait(20))
+    recorder = Recorder(before=gate)
     given = settings_for(broker, postgres_url, CONSUMER_PREFETCH="8", CONSUMER_WORKERS="4")
     with running(recorder.service, given) as service:
-        calls = recorder.service.handler("session.modified").calls  # type: ignore[union-attr]
-        calls.end(calls.begin(None, "a quick one"))  # type: ignore[arg-type]
-        Desk(broker).publish(*(message(number) for number in range(8)))
+        desk = Desk(broker)
+        for number in range(4):
+            desk.publish(message(number))
+            eventually(lambda: len(gate.transactions) > number, what="the next worker to have a message in hand")  # noqa: B023
+        desk.publish(*(message(number) for number in range(4, 8)))
+        eventually(lambda: desk.waiting(QUEUE) == 0, what="the others to wait behind them")
+        gate.open()
         eventually(lambda: service.status().applied_total == 8, 20, "all to be applied")
+    assert gate.most_at_once <= 2  # whoever was free first, of the four that waited
 
 
 def test_a_handler_beyond_the_limit_makes_the_process_no_good(tmp_path: Path) -> None:
