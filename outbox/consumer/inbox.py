@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
 
 from outbox.consumer import tables
+from outbox.database.errors import Meaning, meaning
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from outbox.consumer.seal import Seal
 
 _inbox, _key, _attempt = tables.inbox, tables.key, tables.attempt
+#: Returns how long a lock was waited for before.
+_LIMIT_WAIT = sa.text("SELECT current_setting('lock_timeout'), set_config('lock_timeout', :limit, true)")
 
 
 @dataclass(slots=True)
@@ -135,6 +139,27 @@ def lock_mark_if_free(connection: Connection, service: str, key: Key) -> bool:
     """Lock what is known of *key*, which exists, until the transaction ends; False where another transaction has it locked."""
     query = sa.select(_key.c.key).where(_at(_key, service, key)).with_for_update(skip_locked=True)
     return connection.execute(query).one_or_none() is not None
+
+
+def lock_mark_in_turn(connection: Connection, service: str, key: Key, seconds: float) -> bool:
+    """Lock what is known of *key* as soon as those who asked before are done; False where that takes over *seconds*.
+
+    Who only looks whether a key is free never finds it so while its messages come without a break.
+    """
+    if connection.dialect.name != "postgresql":  # one writer: nobody else has a lock
+        return False
+    before = connection.execute(_LIMIT_WAIT, {"limit": f"{seconds * 1000:.0f}ms"}).scalar_one()
+    try:
+        with connection.begin_nested():
+            connection.execute(sa.select(_key.c.key).where(_at(_key, service, key)).with_for_update())
+    except SQLAlchemyError as error:
+        if meaning(error) is not Meaning.BUSY:
+            raise
+        locked = False
+    else:
+        locked = True
+    connection.execute(_LIMIT_WAIT, {"limit": before})  # the handlers of this transaction wait as they like
+    return locked
 
 
 def write_marks(connection: Connection, service: str, marks: Mapping[Key, Mark]) -> None:

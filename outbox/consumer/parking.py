@@ -203,7 +203,8 @@ def remove(connection: Connection, row_ids: Sequence[int]) -> None:
 
 def wait_for_turn(connection: Connection, row_id: int) -> None:
     """A message that is due has others before it: it goes when they are gone."""
-    connection.execute(sa.update(parked).where(parked.c.id == row_id).values(state=State.BEHIND, due_at=None))
+    still_due = sa.and_(parked.c.id == row_id, parked.c.state == State.DUE)  # a person may have discarded it meanwhile
+    connection.execute(sa.update(parked).where(still_due).values(state=State.BEHIND, due_at=None))
 
 
 def move_up(connection: Connection, service: str, key: Key, now: datetime) -> None:

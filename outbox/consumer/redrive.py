@@ -2,8 +2,9 @@
 
 A replay happens in one transaction with the handlers' effects: the row goes when the effect comes. The key is locked from
 the look at its line to the commit, so what arrives meanwhile waits and then sees the key held or free, nothing between.
-Any process of the service may replay; the locks let one of them do each, and what another has in its hands is left to it
-without a wait. A process replays several keys beside each other: a replay that hangs stops its own key.
+Any process of the service may replay; the locks let one of them do each. What another replays is left to it without a wait;
+messages that arrive are waited for, because they may come without a break. A process replays several keys beside each other:
+a replay that hangs stops its own key.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 #: How often a service looks for messages that are due.
 _POLL_SECONDS = 1.0
 _AT_ONCE = 50
+#: How long a replay waits for those that park behind it: a batch of them takes a second at most.
+_KEY_SECONDS = 2.0
 
 
 class Replays:
@@ -145,14 +148,24 @@ class Replays:
     def _head(self, connection: Connection, row_id: int, key: Key | None, *, wait: bool = False) -> Row[Any] | None:
         """Return, locked, the message whose turn it is: the head of *key*, or without a key the message itself.
 
-        None as well where another transaction has the key, unless we are to *wait* for it.
+        None as well where another transaction keeps the key, unless we are to *wait* for it.
         """
         if key is None:
             return parking.lock(connection, row_id)
         if wait:
             inbox.lock_marks(connection, self._name, [key])
-        elif not inbox.lock_mark_if_free(connection, self._name, key):
+        elif not (inbox.lock_mark_if_free(connection, self._name, key) or self._in_turn(connection, key)):
             return None
+        return self._first(connection, key)
+
+    def _in_turn(self, connection: Connection, key: Key) -> bool:
+        """Lock *key* after whoever has it, which is soon if that is a message that arrived; another's replay is left to it."""
+        head = self._first(connection, key)
+        if head is None or self._is_anothers(connection, head):
+            return False
+        return inbox.lock_mark_in_turn(connection, self._name, key, _KEY_SECONDS)
+
+    def _first(self, connection: Connection, key: Key) -> Row[Any] | None:
         line = parking.line(connection, self._name, key, 1)
         return line[0] if line else None
 

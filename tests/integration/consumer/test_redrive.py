@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import threading
 import uuid
+from concurrent import futures
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
 
-from outbox.consumer import Outcome, Reject, operating, tables
+from outbox.consumer import Outcome, Reject, operating, redrive, tables
 from outbox.consumer.batch import Deliveries, now_utc
 from outbox.consumer.exclusive import Turnstile
 from outbox.consumer.redrive import Redriver, Replays
@@ -25,7 +27,7 @@ from tests.kit.waiting import eventually
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Connection, Engine
 
 
 class Place(Stage):
@@ -421,3 +423,62 @@ def test_a_replay_that_hangs_in_another_process_is_left_to_it_without_a_wait(pos
     eventually(lambda: place.status.parked == 0, what="the hung one to be applied")
     place.stopping.set()
     eventually(lambda: not standby.working, what="its end")
+
+
+@contextmanager
+def key_locked(engine: Engine) -> Iterator[Connection]:
+    """Have the key in hand as a batch of arriving messages has it."""
+    with engine.begin() as connection:
+        connection.execute(sa.select(tables.key).with_for_update())
+        yield connection
+
+
+def somebody_waits(engine: Engine) -> bool:
+    with engine.connect() as connection:
+        return bool(connection.scalar(sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
+
+
+@pytest.mark.postgres
+def test_a_replay_gets_its_turn_between_messages_of_its_key_that_arrive_without_a_break(postgres_url: str) -> None:
+    limits: list[str] = []
+
+    def note_limit(_received: Any, session: Any) -> None:
+        limits.append(session.scalar(sa.text("SHOW lock_timeout")))
+
+    place = Place(create_engine(postgres_url), before=failing_on(1))
+    place.arrive(*series("a", 3))
+    place.recorder.before = note_limit
+    place.requeue()
+    with futures.ThreadPoolExecutor() as pool:
+        with key_locked(place.engine):
+            look = pool.submit(place.redriver.look)
+            eventually(lambda: somebody_waits(place.engine), what="the replay to stand in line for its key")
+        assert look.result(10)
+    assert place.numbers == [1, 2, 3]
+    assert set(limits) == {"0"}, "the handlers' own locks are waited for as before"
+
+
+@pytest.mark.postgres
+def test_a_replay_does_not_wait_for_ever_for_its_key(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redrive, "_KEY_SECONDS", 0.05)
+    place = Place(create_engine(postgres_url), before=failing_on(1))
+    place.arrive(message(1, key="a", sequence=1))
+    place.recorder.before = None
+    place.requeue()
+    with key_locked(place.engine):
+        assert not place.redriver.look()
+    place.replay()
+    assert place.numbers == [1]
+
+
+def test_a_message_discarded_just_before_its_replay_stays_discarded(engine: Engine) -> None:
+    place = Place(engine, before=failing_on(1))
+    place.arrive(*series("a", 2))
+    place.requeue()
+    replays = Replays(place.deliveries, "a process")
+    (due,) = replays.due()
+    operating.discard(engine, place.recorder.service, [place.entries[0].id], actor="me@here", reason="wrong")
+    assert replays.begin(due.id, (due.source, due.key)) == 0
+    place.replay()
+    assert place.numbers == [2]
+    assert [row.state for row in place.parked] == [State.DISCARDED]
