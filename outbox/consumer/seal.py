@@ -5,7 +5,7 @@ comment, through the driver, or on the way to an autocommit. No statement is rea
 
 PostgreSQL: the transaction holds a row that a deferred constraint forbids, until its last statement deletes it. Where that
 finds no row, this is no longer the transaction that wrote it: somebody rolled back. SQLite asks before it prepares a
-statement, and is told no for BEGIN, COMMIT and ROLLBACK.
+statement, and is told no for BEGIN, COMMIT and ROLLBACK, and for everything once it has rolled back by itself.
 """
 
 from __future__ import annotations
@@ -53,14 +53,20 @@ class Gate:
 
     def __init__(self) -> None:
         self.closed = False
-        #: What was refused since it was closed.
+        #: What a handler did that was refused since it was closed.
         self.refused = ""
+        #: SQLite itself rolled back: whatever came now would be outside of any transaction, and kept.
+        self.is_over = False
+
+    def close(self) -> None:
+        """A transaction began that only the runtime may end."""
+        self.closed, self.refused, self.is_over = True, "", False
 
     def __call__(self, action: int, word: str | None, *_: object) -> int:
-        if action == sqlite3.SQLITE_TRANSACTION and self.closed:
-            self.refused = str(word)
-            return sqlite3.SQLITE_DENY
-        return sqlite3.SQLITE_OK
+        if not self.closed or not (self.is_over or action == sqlite3.SQLITE_TRANSACTION):
+            return sqlite3.SQLITE_OK
+        self.refused = "went on after an error that ended the transaction" if self.is_over else f"called {word}"
+        return sqlite3.SQLITE_DENY
 
 
 class Seal:
@@ -103,6 +109,13 @@ class Seal:
         if self._gate is not None:
             self._gate.closed = False
 
+    def note(self, error: BaseException) -> None:
+        """A statement failed with *error*. SQLite may have ended the transaction for it: `OR ROLLBACK`, a disk that is full."""
+        self.errors.append(error)
+        if self._gate is not None and self.is_gone:
+            self._gate.is_over = True
+            self._driver.set_authorizer(self._gate)  # so that it is asked again about statements it has prepared
+
     def check(self) -> None:
         """Raise HandlerMistake if the transaction was ended, or nobody can go on with it; asks no server."""
         state = self._state()
@@ -118,7 +131,7 @@ class Seal:
     def mistake(self, error: BaseException | None) -> HandlerMistake | None:
         """Return the mistake if a handler tried to end the transaction and the database refused, which *error* may say."""
         if self._gate is not None and self._gate.refused:
-            return ended(f"called {self._gate.refused}")
+            return ended(self._gate.refused)
         refused = any(tables.ONLY_THE_RUNTIME_COMMITS in str(cause) for cause in causes(error))
         return ended("called COMMIT") if refused else None
 
@@ -156,7 +169,7 @@ def _gate(connection: Connection, driver: Any) -> Gate | None:
     if gate is None:
         gate = connection.info[_GATE] = Gate()
         driver.set_authorizer(gate)
-    gate.closed, gate.refused = True, ""
+    gate.close()
     return gate
 
 
@@ -176,7 +189,7 @@ def _refuse_commit(connection: Connection) -> None:
 
 def _note(context: ExceptionContext) -> None:
     if context.connection is not None and (seal := of(context.connection)) is not None:
-        seal.errors.append(context.original_exception)
+        seal.note(context.original_exception)
 
 
 def of(connection: Connection) -> Seal | None:

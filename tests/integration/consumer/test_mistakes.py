@@ -169,6 +169,21 @@ def test_who_ends_the_transaction_is_parked_and_everybody_else_applied_once(stag
     assert stage.seen[-1].number == 20
 
 
+def test_who_goes_on_after_sqlite_rolled_back_by_itself_keeps_nothing(stage: Stage) -> None:
+    if stage.engine.dialect.name != "sqlite":
+        pytest.skip("a transaction of PostgreSQL does not end by an error")
+
+    def lose_the_transaction(received: Any, session: Session) -> None:
+        if received.data["number"] == CULPRIT:  # then goes on, and writes as all do
+            session.execute(sa.text("CREATE TABLE own (id INTEGER PRIMARY KEY)"))
+            session.execute(sa.text("INSERT INTO own VALUES (1)"))
+            swallowing(by_text("INSERT OR ROLLBACK INTO own VALUES (1)"))(session)
+
+    stage.recorder.before = lose_the_transaction
+    settle(stage, *sorted([*INNOCENTS, CULPRIT]))
+    assert "went on after an error" in the_culprit_alone_is_parked(stage).error
+
+
 @pytest.mark.parametrize("way", ["/* done */ COMMIT", "the driver's commit()"])
 def test_a_process_that_dies_right_after_a_handlers_commit_has_lost_nothing(stage: Stage, way: str) -> None:
     class Death(BaseException):
