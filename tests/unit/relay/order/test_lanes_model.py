@@ -8,7 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from outbox.relay.order.item import Item
@@ -362,6 +362,7 @@ def walk(model: LanesModel, random: Random, steps: int) -> None:
 # A walk of even steps: Hypothesis's own choice of rules keeps to few of them, and met the planted bug a hundred times less.
 @pytest.mark.parametrize("kind", [LanesModel, WholeBatches])
 @given(seed=st.integers(0, 2**32))
+@example(seed=1766)  # of two neighbours the first was returned and the second delivered: that one was taken for the key's last
 @settings(max_examples=80, deadline=None)
 def test_whatever_happens_a_key_stays_in_order_and_nothing_is_lost_or_sent_twice(kind: type[LanesModel], seed: int) -> None:
     model = kind()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def _sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    yield from _migrated(f"sqlite:///{tmp_path_factory.mktemp('relay') / 'outbox.db'}")
+    yield from _migrated(f"sqlite:///{tmp_path_factory.mktemp('integration') / 'outbox.db'}")
 
 
 @pytest.fixture(scope="session")
