@@ -31,6 +31,7 @@ from outbox.relay.order.read_position import Position
 from outbox.relay.order.suspects import Caution
 from outbox.relay.order.topic_probes import Topics
 from outbox.store import relaying, settling
+from outbox.store.witness import Witness
 from outbox.tables import State
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from outbox.relay.shards import Shards
     from outbox.relay.verdict import Policy
     from outbox.store.relaying import Row
+    from outbox.store.witness import World
 
 log = logging.getLogger(__name__)
 
@@ -299,7 +301,7 @@ class Pump:
         elif self._knows(settled.world) and settled.gone:
             self.abandon()  # for whatever reason: there is something that we don't know
 
-    def _knows(self, world: settling.World) -> bool:
+    def _knows(self, world: World) -> bool:
         """Say whether *world* is the database that what we know of keys is about; if it is not, know nothing any more.
 
         Rows are deleted and changed by their message ids, whatever is believed here. But a database that went back numbers
@@ -365,13 +367,15 @@ class Pump:
             began = self._clock()
             rows, end = relaying.read(connection, after=span.after, upto=span.upto, limit=room, exclude=exclude)
             ended = self._clock()
-            if rows and not self._knows(settling.world(connection, self._relay_id, self._receipt)):
-                return 0
             self.lanes.read_returned(reading)
             chosen = self.lanes.choose(rows)
             if self._topics.troubled:
                 chosen = [row for row in chosen if self._topics.admit(row, now)]
-            content = relaying.messages(connection, [row.message_row for row in chosen], max_bytes=_READ_BYTES)
+            known_by = Witness(self._relay_id, self._receipt)
+            message_rows = [row.message_row for row in chosen]
+            content = relaying.messages(connection, message_rows, max_bytes=_READ_BYTES, known_by=known_by)
+            if chosen and not self._knows(content.world or known_by.ask(connection)):
+                return 0
             loaded = [self._item(row, content) for row in chosen if row.message_row not in content.postponed]
             self.lanes.load(loaded)
             if self._held_read_at is None and any(_is_held(item.row) for item in loaded):

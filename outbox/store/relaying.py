@@ -18,10 +18,12 @@ import sqlalchemy as sa
 from outbox import database
 from outbox.errors import InvalidMessage
 from outbox.message import Message
+from outbox.store import witness
 from outbox.store.clock import clock, now
 from outbox.store.lists import among as _among
 from outbox.store.lists import as_list as _list
 from outbox.store.lists import outside as _outside
+from outbox.store.witness import Witness
 from outbox.tables import HOLDING, State, Timestamp, message, pending
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy.engine import Connection
+
+    from outbox.store.witness import World
 
 
 class Row(NamedTuple):
@@ -203,8 +207,12 @@ def _messages(dialect: str) -> sa.Select[Any]:
         )
         .subquery()
     )
-    columns = [column for column in wanted.c if column.name != "before"]
-    return sa.select(*columns).where(wanted.c.before < sa.bindparam("bytes", type_=sa.BigInteger())).order_by(wanted.c.id)
+    stored = [column for column in wanted.c if column.name != "before"]
+    # Of the first one only: it is the same for all, and need not travel with each.
+    asked = [sa.case((wanted.c.before == 0, column)) for column in witness.columns(dialect)]
+    return (
+        sa.select(*stored, *asked).where(wanted.c.before < sa.bindparam("bytes", type_=sa.BigInteger())).order_by(wanted.c.id)
+    )
 
 
 class Content(NamedTuple):
@@ -216,26 +224,32 @@ class Content(NamedTuple):
     ids: dict[int, UUID]
     #: The rows that exist but did not fit; read them again later.
     postponed: frozenset[int]
+    #: Which database answered; None where nothing was found.
+    world: World | None = None
 
 
-def messages(connection: Connection, rows: Collection[int], *, max_bytes: int) -> Content:
+def messages(connection: Connection, rows: Collection[int], *, max_bytes: int, known_by: Witness | None = None) -> Content:
     """Return the messages of *rows*, lowest first, until their bodies have *max_bytes*; at least one.
 
     A separate statement by row number: joined to outbox_pending it became a merge join over all retained messages.
+    *known_by* is asked for in the same statement.
     """
     if not rows:
         return Content({}, {}, frozenset())
-    dialect = connection.dialect.name
-    parameters = {"rows": _list(rows, dialect), "low": min(rows), "high": max(rows), "bytes": max_bytes}
+    dialect, known_by = connection.dialect.name, known_by or Witness()
+    parameters = {"rows": _list(rows, dialect), "low": min(rows), "high": max(rows), "bytes": max_bytes, **known_by.parameters}
     found: dict[int, Message | InvalidMessage] = {}
     ids: dict[int, UUID] = {}
     loaded_bytes = 0
-    for values in connection.execute(_messages(dialect), parameters):
+    world: World | None = None
+    for *values, server, remembers in connection.execute(_messages(dialect), parameters):
+        world = world or known_by.world(server, remembers)
         found[values[0]] = _message(*values)
         ids[values[0]] = values[1]
         loaded_bytes += len(values[_BODY])
     last = max(found, default=0)
-    return Content(found, ids, frozenset(row for row in rows if row > last) if loaded_bytes >= max_bytes else frozenset())
+    postponed = frozenset(row for row in rows if row > last) if loaded_bytes >= max_bytes else frozenset()
+    return Content(found, ids, postponed, world)
 
 
 _BODY = list(message.c).index(message.c.body)

@@ -6,17 +6,20 @@ the last commits, draws the same numbers again.
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from outbox.process import failpoints
 from outbox.store import locks
 from outbox.store.clock import clock, now
 from outbox.store.lists import among, as_list
+from outbox.store.witness import Witness, columns
 from outbox.tables import State, message, pending, receipt, shard
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy.engine import Connection
+
+    from outbox.store.witness import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +70,6 @@ class Present(NamedTuple):
     attempts: int
 
 
-class World(NamedTuple):
-    """Which database answers: after a restore or a failover another one does, at the same address."""
-
-    #: The server process and the database in it; always the same for SQLite, which is a file.
-    server: str
-    #: Whether it has the receipt it was asked for. One that has not went back in time.
-    remembers: bool
-
-
 @dataclass(frozen=True, slots=True)
 class Settled:
     """What became of answers that were to be recorded."""
@@ -92,32 +88,9 @@ class Settled:
 
 
 @cache
-def _world(dialect: str) -> sa.Select[str, bool]:
-    found = sa.exists(sa.literal(1)).where(
-        receipt.c.id == sa.bindparam("receipt", type_=sa.BigInteger()),
-        receipt.c.relay == sa.bindparam("relay", type_=sa.String()),
-    )
-    if dialect != "postgresql":
-        return sa.select(sa.literal(""), found)
-    databases = sa.table("pg_database", sa.column("oid"), sa.column("datname"))
-    this = sa.select(sa.cast(databases.c.oid, sa.Text())).where(databases.c.datname == sa.func.current_database())
-    started = sa.cast(sa.func.pg_postmaster_start_time(), sa.Text())
-    return sa.select(started + sa.literal_column("' '") + this.scalar_subquery(), found)
-
-
-def world(connection: Connection, relay: str, receipt_id: int | None) -> World:
-    """Say which database answers, and whether it has receipt *receipt_id* of *relay*: all that was settled before, too."""
-    parameters = {"receipt": receipt_id or 0, "relay": relay}
-    server, found = connection.execute(_world(connection.dialect.name), parameters).one()
-    return World(server, receipt_id is None or bool(found))
-
-
-@cache
 def _lock(dialect: str) -> sa.Select[Any]:
-    # Not a join: PostgreSQL might merge it with all messages that are kept.
-    message_id = sa.select(message.c.message_id).where(message.c.id == pending.c.message_row).scalar_subquery()
     return (
-        sa.select(pending.c.id, message_id, pending.c.state, pending.c.attempts)
+        sa.select(pending.c.id, _message_id(), pending.c.state, pending.c.attempts)
         .where(among(pending.c.id, "ids", sa.BigInteger(), dialect))
         .with_for_update(skip_locked=True)
     )
@@ -143,8 +116,35 @@ def _owned(dialect: str) -> sa.Select[Any]:
 
 
 @cache
-def _delete(dialect: str) -> sa.Delete:
-    return sa.delete(pending).where(among(pending.c.id, "ids", sa.BigInteger(), dialect))
+def _delete(dialect: str) -> sa.Executable:
+    # A common table expression: in a join PostgreSQL might look up the messages of all that waits, and a subquery may be run,
+    # and lock, more often than once.
+    there = (
+        sa.select(pending.c.id, _message_id().label("message_id"))
+        .where(among(pending.c.id, "ids", sa.BigInteger(), dialect))
+        .with_for_update(skip_locked=True)
+        .cte("there")
+    )
+    answer = _pairs(dialect)
+    same = sa.and_(answer.c.id == there.c.id, sa.type_coerce(answer.c.message_id, sa.Uuid()) == there.c.message_id)
+    ours = sa.select(there.c.id).join(answer, same)
+    return sa.delete(pending).where(pending.c.id.in_(ours)).returning(pending.c.id)
+
+
+def _pairs(dialect: str) -> sa.FromClause:
+    """Return the ids that `_delete_rows` binds, each with its message id, as a table."""
+    if dialect == "postgresql":
+        ids = sa.bindparam("ids", type_=ARRAY(sa.BigInteger()))
+        message_ids = sa.bindparam("message_ids", type_=ARRAY(sa.Uuid()))
+        return sa.func.unnest(ids, message_ids).table_valued("id", "message_id", name="a").render_derived()
+    pair = sa.func.json_each(sa.bindparam("pairs", type_=sa.String())).table_valued("value").c.value
+    id_, message_id = (sa.func.json_extract(pair, f"$[{n}]") for n in (0, 1))
+    return sa.select(id_.label("id"), message_id.label("message_id")).subquery("a")
+
+
+def _message_id() -> sa.ScalarSelect[UUID]:
+    # Not a join: PostgreSQL might merge it with all messages that are kept.
+    return sa.select(message.c.message_id).where(message.c.id == pending.c.message_row).scalar_subquery()
 
 
 @cache
@@ -176,24 +176,35 @@ def settle(
     this relay.
     """
     locks.be_brief(connection)
-    found = world(connection, relay, receipt_id)
+    deleted = _delete_rows(connection, confirmed) if confirmed else frozenset()
+    done = [each for each in confirmed if each.id in deleted]
     answers: list[Confirmed | Change] = [*confirmed, *changes]
-    message_ids = {each.id: each.message_id for each in answers}
-    rows = _locked_rows(connection, message_ids)
+    others = [each for each in answers if each.id not in deleted]
+    message_ids = {each.id: each.message_id for each in others}
+    rows = _locked_rows(connection, message_ids) if others else {}
     absent = message_ids.keys() - rows.keys()
     locked = _still_there(connection, absent) if absent else frozenset()
     ours = {id_ for id_, row in rows.items() if row.message_id == message_ids[id_]}
-    done = [each for each in confirmed if each.id in ours]
-    if done:
-        connection.execute(_delete(connection.dialect.name), _ids(connection, [each.id for each in done]))
-    written = _write_receipt(connection, relay, done) if done else None
-    _make(connection, relay, [each for each in changes if each.id in ours and each.was == rows[each.id][1:]])
+    locked |= ours & {each.id for each in confirmed}  # its lock went in between
+    _make(connection, relay, [each for each in changes if each.id in ours - locked and each.was == rows[each.id][1:]])
+    witness = Witness(relay, receipt_id)
+    written, found = _write_receipt(connection, witness, done) if done else (None, witness.ask(connection))
     failpoints.reached("R5")
     return Settled(found, len(done), locked, frozenset(absent - locked), frozenset(rows.keys() - ours), written)
 
 
 def _ids(connection: Connection, ids: Collection[int]) -> dict[str, Any]:
     return {"ids": as_list(ids, connection.dialect.name)}
+
+
+def _delete_rows(connection: Connection, confirmed: Sequence[Confirmed]) -> frozenset[int]:
+    """Delete the rows of *confirmed* messages that nobody has locked, and return their ids."""
+    parameters = _ids(connection, [each.id for each in confirmed])
+    if connection.dialect.name == "postgresql":
+        parameters["message_ids"] = [each.message_id for each in confirmed]
+    else:
+        parameters["pairs"] = json.dumps([(each.id, each.message_id.hex) for each in confirmed])
+    return frozenset(connection.scalars(_delete(connection.dialect.name), parameters))
 
 
 def _locked_rows(connection: Connection, ids: Collection[int]) -> dict[int, Present]:
@@ -227,20 +238,24 @@ def _make(connection: Connection, relay: str, changes: Sequence[Change]) -> None
         connection.execute(_change(dialect), values)
 
 
-def _write_receipt(connection: Connection, relay: str, settled: Sequence[Confirmed]) -> int:
+@cache
+def _receipt(dialect: str) -> sa.Executable:
+    return sa.insert(receipt).values(settled_at=now(dialect)).returning(receipt.c.id, *columns(dialect))
+
+
+def _write_receipt(connection: Connection, witness: Witness, settled: Sequence[Confirmed]) -> tuple[int, World]:
+    """Write a receipt; return its id, and whether the one before it is there."""
     dialect = connection.dialect.name
-    written = connection.execute(
-        sa.insert(receipt).values(settled_at=now(dialect)).returning(receipt.c.id),
-        {
-            "relay": relay,
-            "messages": len(settled),
-            "first_row": min(each.message_row for each in settled),
-            "last_row": max(each.message_row for each in settled),
-            "pending_ids": struct.pack(f">{len(settled)}q", *(each.id for each in settled)),
-            "message_ids": b"".join(each.message_id.bytes for each in settled),
-            "oldest_age_seconds": max(each.age_seconds for each in settled),
-            "duration_seconds": max(each.flight_seconds for each in settled),
-            **clock(dialect),
-        },
-    )
-    return int(written.scalar_one())
+    values = {
+        "relay": witness.relay,
+        "messages": len(settled),
+        "first_row": min(each.message_row for each in settled),
+        "last_row": max(each.message_row for each in settled),
+        "pending_ids": struct.pack(f">{len(settled)}q", *(each.id for each in settled)),
+        "message_ids": b"".join(each.message_id.bytes for each in settled),
+        "oldest_age_seconds": max(each.age_seconds for each in settled),
+        "duration_seconds": max(each.flight_seconds for each in settled),
+        **clock(dialect),
+    }
+    id_, *answer = connection.execute(_receipt(dialect), values | witness.parameters).one()
+    return int(id_), witness.world(*answer)

@@ -280,12 +280,17 @@ def a_lease_that_nobody_looks_at(patch: Patch) -> None:
 
 def settled_by_id(patch: Patch) -> None:
     """A row is taken for that of the message whose row had its number before."""
-    honest = settling._locked_rows
+    look, delete = settling._locked_rows, settling._delete_rows
 
     def believed(connection: Connection, ids: dict[int, UUID]) -> dict[int, settling.Present]:
-        return {id_: row._replace(message_id=ids[id_]) for id_, row in honest(connection, ids).items()}
+        return {id_: row._replace(message_id=ids[id_]) for id_, row in look(connection, ids).items()}
+
+    def believing(connection: Connection, confirmed: Sequence[settling.Confirmed]) -> frozenset[int]:
+        there = {id_: row.message_id for id_, row in look(connection, [each.id for each in confirmed]).items()}
+        return delete(connection, [replace(each, message_id=there.get(each.id) or each.message_id) for each in confirmed])
 
     patch.setattr(settling, "_locked_rows", believed)
+    patch.setattr(settling, "_delete_rows", believing)
 
 
 def silence_blamed_on_a_message(patch: Patch) -> None:

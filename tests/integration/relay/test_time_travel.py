@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from outbox import migrations
 from outbox.relay.broker import Outcome
 from outbox.relay.daemon import open_database
+from outbox.store.witness import Witness
 from tests.integration.relay.stage import Stage
 from tests.kit.builders import message
 
@@ -165,11 +166,9 @@ def test_a_database_that_only_restarted_forgets_nothing_and_nothing_is_sent_twic
     stage = Stage(postgres, lambda _: None if stage.delivered() else Outcome.CONFIRMED)
     stage.write(*(keyed("a") for _ in range(4)), *(keyed("b") for _ in range(4)))
     stage.until(lambda: stage.published_total() == 1 and stage.broker.flying)
-    from outbox.store import settling
-
-    honest = settling.world
+    honest = Witness.world
     with monkeypatch.context() as patch:
-        patch.setattr(settling, "world", lambda *arguments: honest(*arguments)._replace(server="started later"))
+        patch.setattr(Witness, "world", lambda *arguments: honest(*arguments)._replace(server="started later"))
         stage.broker.script = lambda _: Outcome.CONFIRMED
         for each in stage.broker.flying:
             stage.broker.answer(each)

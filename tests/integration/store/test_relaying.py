@@ -214,7 +214,7 @@ def test_messages_come_by_row_number_as_they_were_stored(engine: Engine) -> None
         row = write_message(connection, one, 7)
         connection.execute(sa.update(tables.message).values(headers='{"traceparent": "00-1"}'))
     with engine.connect() as connection:
-        found, ids, postponed = relaying.messages(connection, [row], max_bytes=1000)
+        found, ids, postponed, _ = relaying.messages(connection, [row], max_bytes=1000)
     got = found[row]
     assert ids == {row: one.id}
     assert isinstance(got, Message)
@@ -227,11 +227,11 @@ def test_bodies_are_bounded_by_bytes_and_the_rest_is_postponed(engine: Engine) -
     with engine.begin() as connection:
         rows = [write_message(connection, message(body=b"x" * 100), None) for _ in range(5)]
     with engine.connect() as connection:
-        found, _, postponed = relaying.messages(connection, rows, max_bytes=250)
+        found, _, postponed, _ = relaying.messages(connection, rows, max_bytes=250)
         assert (list(found), postponed) == (rows[:3], frozenset(rows[3:]))
-        alone, _, _ = relaying.messages(connection, rows, max_bytes=1)
+        alone, *_ = relaying.messages(connection, rows, max_bytes=1)
         assert list(alone) == rows[:1]
-        everything, _, none = relaying.messages(connection, rows, max_bytes=500)
+        everything, _, none, _ = relaying.messages(connection, rows, max_bytes=500)
         assert (list(everything), none) == (rows, frozenset())
 
 
@@ -239,7 +239,7 @@ def test_a_missing_message_is_neither_found_nor_postponed(engine: Engine) -> Non
     with engine.begin() as connection:
         row = write_message(connection, message(), None)
     with engine.connect() as connection:
-        found, _, postponed = relaying.messages(connection, [row, row + 1], max_bytes=1000)
+        found, _, postponed, _ = relaying.messages(connection, [row, row + 1], max_bytes=1000)
     assert (list(found), postponed) == ([row], frozenset())
 
 
@@ -249,7 +249,7 @@ def test_a_stored_row_that_can_be_no_message_is_told_from_the_others(engine: Eng
         rows = [write_message(connection, message(), None) for _ in range(2)]
         connection.execute(sa.update(tables.message).where(tables.message.c.id == rows[0]).values(**broken))
     with engine.connect() as connection:
-        found, _, _ = relaying.messages(connection, rows, max_bytes=1000)
+        found, *_ = relaying.messages(connection, rows, max_bytes=1000)
     assert isinstance(found[rows[0]], InvalidMessage)
     assert isinstance(found[rows[1]], Message)
 
