@@ -269,8 +269,7 @@ def the_database_takes_no_writes(run: Run) -> Iterator[None]:
 @_fault(windows=4)
 def a_standby_that_lags_is_promoted(run: Run) -> Iterator[None]:
     """The primary crashes; what it committed in the last moments is gone. Relays and services live on."""
-    run.stage.postgres.add_standby()
-    run.stage.postgres.cut_replication()
+    run.keep_a_copy()
     run.wait(run.chance.uniform(0.5, 3.0))
     run.go_back_in_time()
     yield
@@ -279,8 +278,7 @@ def a_standby_that_lags_is_promoted(run: Run) -> Iterator[None]:
 @_fault(windows=4)
 def a_standby_is_promoted_while_answers_are_due(run: Run) -> Iterator[None]:
     """As many messages as may be are in flight when the primary crashes, and are answered after its numbers began again."""
-    run.stage.postgres.add_standby()
-    run.stage.postgres.cut_replication()
+    run.keep_a_copy()
     run.stage.rabbit.suspend()
     run.wait(run.chance.uniform(0.5, 2.0))
     run.go_back_in_time()
@@ -292,8 +290,7 @@ def a_standby_is_promoted_while_answers_are_due(run: Run) -> Iterator[None]:
 @_fault(windows=4)
 def a_backup_is_restored(run: Run) -> Iterator[None]:
     """The database comes back as it was at the beginning of the fault."""
-    run.stage.postgres.add_standby()
-    run.stage.postgres.cut_replication()
+    run.keep_a_copy()
     yield
     run.go_back_in_time()
 

@@ -62,6 +62,9 @@ class Run:
         self.quiet = Held()
         #: Ledgers of databases that were replaced.
         self.branches: list[list[Entry]] = []
+        #: From when to when canaries were committed to a database that was replaced: they need not arrive.
+        self._undone: list[tuple[float, float]] = []
+        self._copied_at = 0.0
         #: What ended by itself.
         self.fallen: list[str] = []
 
@@ -90,10 +93,17 @@ class Run:
         with psycopg.connect(self.stage.postgres.dsn("postgres"), autocommit=True) as connection:
             connection.execute(statement.encode())
 
+    def keep_a_copy(self) -> None:
+        """Make the copy of the outbox's database that `go_back_in_time` brings back; what commits from now on is lost then."""
+        self.stage.postgres.add_standby()
+        self.stage.postgres.cut_replication()
+        self._copied_at = time.monotonic()
+
     def go_back_in_time(self) -> None:
-        """Replace the outbox's database by its standby, and keep the ledger of what it was."""
+        """Replace the outbox's database by its copy, and keep the ledger of what it was."""
         postgres = self.stage.postgres
         before = postgres.fail_over()
+        self._undone.append((self._copied_at, time.monotonic()))
         rows = postgres.rows_of(before, self.stage.database, _LEDGER)
         self.branches.append([_entry(row) for row in rows])
 
@@ -149,8 +159,11 @@ class Run:
     def _latencies(self, began: float, ended: float) -> list[float]:
         """Of the canaries committed between the two times; one that has not come yet counts as long as it has been away."""
         now, arrived = time.monotonic(), self.tap.canaries
-        recent = [sent for sent in self.canary.sent[-20_000:] if began <= sent.at <= ended]
+        recent = [sent for sent in self.canary.sent[-20_000:] if began <= sent.at <= ended and not self._is_undone(sent.at)]
         return [max(0.0, arrived.get(sent.id, now) - sent.at) for sent in recent]
+
+    def _is_undone(self, at: float) -> bool:
+        return any(copied <= at <= replaced for copied, replaced in self._undone)
 
     # --- its end ---
 
