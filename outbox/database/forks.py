@@ -42,8 +42,8 @@ def watch(engine: Engine) -> None:
 
 
 def is_foreign(connection: Connection) -> bool:
-    """Say whether *connection*, which is in use, was made by another process."""
-    return bool(connection.info.get(_PROCESS, os.getpid()) != os.getpid())
+    """Say whether *connection*, which is in use, was made by another process; one that was lost is nobody's."""
+    return not connection.invalidated and bool(connection.info.get(_PROCESS, os.getpid()) != os.getpid())
 
 
 def _note_process(_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:

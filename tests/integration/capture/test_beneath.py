@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import StaticPool
@@ -260,3 +261,35 @@ def test_a_transaction_that_sqlite_rolled_back_by_itself_is_noticed(world: World
         session.commit()
     session.rollback()
     assert (talks(world), world.rows()) == (0, [])
+
+
+# --- a connection that is lost ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["rollback", "close", "commit"])
+def test_a_session_whose_connection_is_lost_ends_as_any_other_and_what_it_held_goes_with_it(world: World, end: str) -> None:
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    session.connection().invalidate()
+    if end == "commit":
+        with pytest.raises(PendingRollbackError):
+            session.commit()
+        session.rollback()
+    else:
+        getattr(session, end)()
+    assert talks(world) == len(world.rows()) == 0
+
+    begin_with_a_talk(world)
+    world.send(n=2)
+    world.session.commit()
+    assert talks(world) == len(world.rows()) == 1
+
+
+def test_a_message_sent_after_the_connection_was_lost_is_refused_by_whoever_says_so(world: World) -> None:
+    session = begin_with_a_talk(world)
+    session.connection().invalidate()
+    with pytest.raises((PendingRollbackError, CaptureError)):
+        world.send(n=1)
+        session.commit()
+    session.rollback()
+    assert talks(world) == len(world.rows()) == 0
