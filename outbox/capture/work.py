@@ -123,7 +123,7 @@ def begin_on(connection: Connection, work: Work, *, joined: bool) -> None:
 
 
 def on(connection: Connection) -> list[Work]:
-    """Return the work of every session on *connection*; nothing goes on on one that was lost, which has no `info` either."""
+    """Return the work of every session on *connection*; one that was lost has none, and no `info` either."""
     if connection.invalidated:
         return []
     return [work for weak in connection.info.get(_WORKS, ()) if (work := weak()) is not None]
