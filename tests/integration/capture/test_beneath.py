@@ -285,11 +285,15 @@ def test_a_session_whose_connection_is_lost_ends_as_any_other_and_what_it_held_g
     assert talks(world) == len(world.rows()) == 1
 
 
-def test_a_message_sent_after_the_connection_was_lost_goes_with_the_transaction_that_cannot_commit(world: World) -> None:
+def test_a_message_sent_after_the_connection_was_lost_is_never_committed(world: World) -> None:
     session = begin_with_a_talk(world)
     session.connection().invalidate()
-    world.send(n=1)
-    with pytest.raises(PendingRollbackError):
+
+    def send_and_commit() -> None:  # on SQLite the first asks the connection already
+        world.send(n=1)
         session.commit()
+
+    with pytest.raises(PendingRollbackError):
+        send_and_commit()
     session.rollback()
     assert talks(world) == len(world.rows()) == 0
