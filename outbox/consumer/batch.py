@@ -27,6 +27,7 @@ from outbox.consumer.seal import protect
 from outbox.consumer.tables import Reason
 from outbox.consumer.transaction import transaction
 from outbox.database import prepare
+from outbox.errors import InvalidMessage
 from outbox.message import Message, Received, cloud_event
 from outbox.process import failpoints
 
@@ -215,9 +216,13 @@ class Task:
 
     message: Received
     handler: Handler
+    #: Why its data can't be read now, though it could be before; perhaps it can be again, and its key waits until then.
+    problem: str = ""
 
     def handle(self, session: HandlerSession, *, late: bool) -> None:
         """Call the handler; the next message finds the session as if it were new. Raises whatever the handler raises."""
+        if self.problem:
+            raise InvalidMessage(self.problem)
         session.hand_over()
         self.handler(dataclasses.replace(self.message, late=True) if late else self.message, session)
         session.seal.check()
@@ -233,7 +238,7 @@ def task_of(service: Service, arrival: Arrival) -> Task | Aside:
     handler = service.handler(arrival.topic)
     if handler is None:
         return Aside(Reason.NO_HANDLER, f"service {service.name!r} has no handler for {arrival.topic!r}")
-    return Task(arrival.message, handler)
+    return Task(arrival.message, handler, arrival.problem)
 
 
 def _probe(dialect: str) -> Any:

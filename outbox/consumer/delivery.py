@@ -44,7 +44,7 @@ class Arrival:
     body: bytes
     #: What could be read; None where the body is no CloudEvent.
     message: Received | None
-    #: Why it can't be read.
+    #: Why it, or with a message its data, can't be read.
     problem: str = ""
     routing_key: str = ""
     properties: Mapping[str, Any] = field(default_factory=lambda: _NONE)
@@ -132,8 +132,14 @@ def of_message(message: Received, body: bytes) -> Arrival:
 
 
 def again(arrival: Arrival) -> Arrival:
-    """Return *arrival* as it came: whoever had it in hand may have changed the data of its message."""
-    return dataclasses.replace(arrival, message=_decoded(arrival.body)[0], slim=False)
+    """Return *arrival* as it came: whoever had it in hand may have changed the data of its message.
+
+    One that can't be read this time (too little memory) is the same message, with its id and key, and a problem.
+    """
+    message, problem = _decoded(arrival.body)
+    if message is None:
+        return dataclasses.replace(arrival, problem=problem) if arrival.message is not None else arrival
+    return dataclasses.replace(arrival, message=message, problem="", slim=False)
 
 
 def _decoded(body: bytes) -> tuple[Received | None, str]:

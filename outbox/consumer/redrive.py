@@ -27,6 +27,7 @@ from outbox.consumer.parking import Aside
 from outbox.consumer.retries import GivenUp, Stopping, crashed
 from outbox.consumer.tables import State
 from outbox.consumer.transaction import Transient, reading, transaction
+from outbox.errors import InvalidMessage
 from outbox.process import failpoints
 from outbox.process.logs import say
 
@@ -175,6 +176,8 @@ class Replays:
     def _apply(self, session: HandlerSession, row: Row[Any]) -> Settled:
         arrival = _arrival(row)
         task = task_of(self._service, arrival)
+        if arrival.message is None and row.key is not None:  # it could be read when it was parked
+            raise InvalidMessage(arrival.problem)
         if isinstance(task, Aside):
             raise GivenUp(task)
         begun = time.perf_counter()

@@ -16,12 +16,16 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from outbox.consumer import tables, telemetry
+from outbox.consumer import delivery, operating, tables, telemetry
+from outbox.consumer.delivery import LARGE_BYTES
+from outbox.consumer.exclusive import Turnstile
 from outbox.consumer.outcomes import HandlerMistake
 from outbox.consumer.parking import Aside
+from outbox.consumer.redrive import Redriver
 from outbox.consumer.retries import Attempts, Pause
-from outbox.consumer.tables import Reason
+from outbox.consumer.tables import Reason, State
 from outbox.database import create_engine
+from outbox.message import Received, received
 from tests.kit.consuming import QUICK, Stage, arrival, message, rows, series
 from tests.kit.ports import free_port
 
@@ -305,6 +309,45 @@ def test_control_c_is_for_whoever_runs_the_handler_in_the_main_thread(stage: Sta
     with pytest.raises(KeyboardInterrupt):
         stage.settle(message(1))
     assert rows(stage.engine, tables.inbox) == []
+
+
+# --- what can't be read any more -----------------------------------------------------------------------------------------
+
+
+def test_what_can_not_be_decoded_for_want_of_memory_keeps_its_name_and_its_place(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = [dataclasses.replace(each, body=b'{"number":1,"text":"%s"}' % (b"x" * LARGE_BYTES)) for each in series("a", 2)]
+    light = [delivery.slim(arrival(each)) for each in [*large, message(3, key="b")]]
+    with monkeypatch.context() as patched:
+        patched.setattr(delivery, "received", little_memory)
+        taken = [delivery.again(each) if each.slim else each for each in light]
+        settle_arrivals(stage, taken)
+        first, behind = stage.parked
+        assert (first.message_id, first.key, first.reason) == (str(large[0].id), "a", Reason.FAILED)
+        assert (behind.message_id, behind.key, behind.reason) == (str(large[1].id), "a", Reason.BEHIND)
+        assert "MemoryError" in first.error
+        replay_all(stage)
+        assert {row.state for row in stage.parked} == {State.PARKED, State.BEHIND}
+    replay_all(stage)
+    assert [effect.key for effect in stage.seen] == ["b", "a", "a"]
+
+
+def little_memory(body: bytes) -> Received:
+    if len(body) > LARGE_BYTES:
+        raise MemoryError
+    return received(body)
+
+
+def replay_all(stage: Stage) -> None:
+    """Requeue the first of a key, and replay what is due."""
+    waiting = [row.message_id for row in stage.parked if row.state == State.PARKED]
+    operating.requeue(stage.engine, stage.recorder.service, waiting, actor="me@here")
+    rng = random.Random(1)
+    pause = Pause("exports", QUICK, threading.Event(), rng)
+    redriver = Redriver([Attempts(stage.deliveries, QUICK, pause, rng)], Turnstile(), threading.Event(), batch=10, process="me")
+    while redriver.look():
+        pass
 
 
 # --- what can't be written ---------------------------------------------------------------------------------------------
