@@ -116,6 +116,15 @@ class Seal:
             self._gate.is_over = True
             self._driver.set_authorizer(self._gate)  # so that it is asked again about statements it has prepared
 
+    def saw(self, error: BaseException | None) -> bool:
+        """Say whether *error*, or what it was raised from, came over this connection."""
+        return any(cause in self.errors for cause in causes(error))
+
+    @property
+    def keeps_settings(self) -> bool:
+        """Whether what a handler SETs outlives its transaction."""
+        return self._gate is None
+
     def check(self) -> None:
         """Raise HandlerMistake if the transaction was ended, or nobody can go on with it; asks no server."""
         state = self._state()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from outbox.consumer.failures import causes, is_aborted, is_conflict, is_transient
+from outbox.consumer.failures import is_aborted, is_conflict, is_transient
 from outbox.consumer.outcomes import HandlerMistake
 from outbox.consumer.seal import SWALLOWED, Seal, ended
 
@@ -86,7 +86,7 @@ def transaction(engine: Engine) -> Iterator[HandlerSession]:
     except BaseException as error:
         told = _told(error, connection, seal, handled=session.handed_over)
         with contextlib.suppress(SQLAlchemyError):  # a dead connection can't roll back either; its transaction is gone
-            _undo(session, connection, seal)
+            _undo(session, connection, seal, error, is_conflict=isinstance(told, Conflict))
         if told is error:
             raise
         raise told from error
@@ -95,12 +95,23 @@ def transaction(engine: Engine) -> Iterator[HandlerSession]:
             Session.close(session)
 
 
-def _undo(session: HandlerSession, connection: Connection | None, seal: Seal | None) -> None:
+def _undo(
+    session: HandlerSession, connection: Connection | None, seal: Seal | None, error: BaseException, *, is_conflict: bool
+) -> None:
     if connection is not None and seal is not None:
         seal.open()
-        if seal.is_gone and not connection.invalidated:  # whatever a handler did to it stays with it
-            connection.invalidate()
+        if not connection.invalidated:  # whatever a handler did to it stays with it
+            _replace(connection, seal, None if is_conflict else error)
     Session.rollback(session)
+
+
+def _replace(connection: Connection, seal: Seal, error: BaseException | None) -> None:
+    """Let the next transaction have another connection where this one may be to blame for *error*."""
+    if seal.is_gone:
+        connection.invalidate()
+    elif seal.keeps_settings and seal.saw(error):
+        # A handler may have said `SET statement_timeout` for all that come after it. In use until it is rolled back.
+        connection.connection.invalidate(soft=True)
 
 
 def _told(error: BaseException, connection: Connection | None, seal: Seal | None, *, handled: bool) -> BaseException:
@@ -114,7 +125,7 @@ def _told(error: BaseException, connection: Connection | None, seal: Seal | None
     if connection.invalidated or seal.is_lost:
         return Transient(str(error), handled=handled, lost=True)
     # An error of another database that a handler uses says nothing about ours; it left no trace on our connection.
-    ours = not handled or not seal.closed or not seal.is_whole or any(cause in seal.errors for cause in causes(error))
+    ours = not handled or not seal.closed or not seal.is_whole or seal.saw(error)
     if ours and is_transient(error):
         return (Conflict if is_conflict(error) else Transient)(str(error), handled=handled)
     return HandlerMistake(SWALLOWED) if is_aborted(error) else error

@@ -304,6 +304,20 @@ def test_an_error_that_one_message_brings_about_stops_nobody_else(stage: Stage, 
     assert pause.problem == ""
 
 
+def test_what_a_handler_sets_for_the_whole_connection_fails_nobody_else(stage: Stage) -> None:
+    if stage.engine.dialect.name != "postgresql":
+        pytest.skip("SQLite has no such settings")
+
+    def work(received: Any, session: Session) -> None:
+        culprit = received.data["number"] == CULPRIT
+        session.execute(sa.text("SET DateStyle = 'German'" if culprit else "SELECT date '02/28/2026'"))
+
+    stage.recorder.before = work
+    for number in sorted([*INNOCENTS, CULPRIT]):  # no two in one transaction
+        settle(stage, number)
+    assert [effect.number for effect in stage.seen] == sorted([*INNOCENTS, CULPRIT])
+
+
 def test_control_c_is_for_whoever_runs_the_handler_in_the_main_thread(stage: Stage) -> None:
     stage.recorder.before = lambda _message, session: interrupted(session)
     with pytest.raises(KeyboardInterrupt):
