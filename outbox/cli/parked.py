@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from outbox.cli import context, text
 from outbox.cli.repairs import actor, confirm
+from outbox.errors import OutboxError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
     from outbox.consumer import Service
     from outbox.consumer.operating import Detail, Entry
+    from outbox.consumer.orders import Filter, Sweep
 
 _STATES = ("parked", "behind", "due", "discarded")
 _REASONS = (
@@ -33,12 +37,15 @@ _REASONS = (
     "dead-lettered",
 )
 _SHOWN = 10
+#: Messages after which a long order says how far it is.
+_TELL_AFTER = 5_000
 _json = click.option("--json", "as_json", is_flag=True, help="For machines.")
 _name = click.argument("name")
 _ids = click.argument("ids", metavar="[ID]...", nargs=-1)
 _topic = click.option("--topic", help="Only messages of this topic.")
 _key = click.option("--key", help="Only messages of this key.")
 _reason = click.option("--parked-as", "reason", type=click.Choice(_REASONS), help="Only messages parked for this reason.")
+_source = click.option("--source", help="The source of the message, where messages of several have its id.")
 _all = click.option("--all", "all_", is_flag=True, help="Instead of ids: all that wait for a person, as narrowed below.")
 _yes = click.option("--yes", is_flag=True, help="Do not ask.")
 
@@ -64,11 +71,12 @@ def list_(
 ) -> None:
     """List parked messages in the order they came."""
     from outbox.cli import services
+    from outbox.consumer import operating
 
     here = context.current()
     service = services.find(name)
     with services.opened(here, service, name) as engine:
-        found = _select(engine, service, state, reason, topic, key, limit + 1)
+        found = operating.parked_list(engine, service, _filter(state, reason, topic, key), limit=limit + 1)
     more, found = len(found) > limit, found[:limit]
     if as_json:
         text.say_json([as_dict(entry) for entry in found])
@@ -83,8 +91,9 @@ def list_(
 @parked.command()
 @_name
 @click.argument("id_", metavar="ID")
+@_source
 @_json
-def show(name: str, id_: str, as_json: bool) -> None:
+def show(name: str, id_: str, source: str | None, as_json: bool) -> None:
     """Show one parked message: error, traceback, properties and body."""
     from outbox.cli import services
     from outbox.consumer import operating
@@ -92,7 +101,7 @@ def show(name: str, id_: str, as_json: bool) -> None:
     here = context.current()
     service = services.find(name)
     with services.opened(here, service, name) as engine:
-        found = operating.parked_show(engine, service, id_)
+        found = operating.parked_show(engine, service, id_, source)
     if as_json:
         rows = [_detail_dict(item) for item in found]
         text.say_json(rows[0] if len(rows) == 1 else rows)
@@ -100,113 +109,198 @@ def show(name: str, id_: str, as_json: bool) -> None:
     text.say("\n\n".join("\n".join(_lines(item)) for item in found))
 
 
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Which messages were typed: ids, perhaps of one source, or all that wait for a person, as narrowed."""
+
+    ids: tuple[str, ...]
+    source: str | None
+    all_: bool
+    reason: str | None
+    topic: str | None
+    key: str | None
+
+    def check(self) -> None:
+        """Raise UsageError where it means nothing."""
+        if bool(self.ids) == self.all_:
+            raise click.UsageError("give either ids or --all (with --parked-as, --topic, --key)")
+        if self.ids and any((self.reason, self.topic, self.key)):
+            raise click.UsageError("--parked-as, --topic and --key go with --all; an id needs none")
+        if self.all_ and self.source is not None:
+            raise click.UsageError("--source goes with ids")
+
+    def filter(self, **more: Any) -> Filter:
+        """Return it for all messages."""
+        return _filter("parked", self.reason, self.topic, self.key, **more)
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What was asked: a verb, its past, and what it means."""
+
+    verb: str
+    done: str
+    consequence: str
+    service: Service
+    these: Callable[[Engine, Sequence[str], str | None], list[str]]
+    all_: Callable[[Engine, Filter, int], Sweep]
+
+
 @parked.command()
 @_name
 @_ids
+@_source
 @_all
 @_reason
 @_topic
 @_key
 @_yes
-def requeue(
-    name: str, ids: tuple[str, ...], all_: bool, reason: str | None, topic: str | None, key: str | None, yes: bool
-) -> None:
+def requeue(name: str, yes: bool, **chosen: Any) -> None:
     """Let the service try parked messages again.
 
-    What waits behind them follows.
+    What waits behind them follows. Messages of topics that have no handler here are left as they are.
     """
+    from outbox.cli import services
     from outbox.consumer import operating
 
-    def act(engine: Engine, service: Service, chosen: Sequence[str]) -> list[str]:
-        return operating.requeue(engine, service, chosen, actor=actor())
+    which = _Chosen(**chosen)
+    which.check()
+    service = services.find(name)
+
+    def these(engine: Engine, ids: Sequence[str], source: str | None) -> list[str]:
+        return operating.requeue(engine, service, ids, source=source, actor=actor())
+
+    def all_(engine: Engine, wanted: Filter, last: int) -> Sweep:
+        return operating.requeue_all(engine, service, wanted, last=last, actor=actor())
 
     consequence = "The service tries them again; what waits behind them follows."
-    _run("requeue", consequence, act, name, ids, all_, (reason, topic, key), yes)
+    order = _Order("requeue", "Requeued", consequence, service, these, all_)
+    with services.opened(context.current(), service, name) as engine:
+        if which.all_:
+            _leave_unhandled(engine, service, which)
+            _all_of_them(engine, order, which.filter(topics=service.topics), yes)
+        else:
+            _these(engine, order, which, yes, refuse=partial(_without_handler, service))
 
 
 @parked.command()
 @_name
 @_ids
+@_source
 @_all
 @_reason
 @_topic
 @_key
 @click.option("--reason", "why", required=True, help="Why; kept with the message.")
 @_yes
-def discard(
-    name: str, ids: tuple[str, ...], all_: bool, reason: str | None, topic: str | None, key: str | None, why: str, yes: bool
-) -> None:
+def discard(name: str, why: str, yes: bool, **chosen: Any) -> None:
     """Never apply parked messages.
 
     What waits behind them goes on.
     """
+    from outbox.cli import services
     from outbox.consumer import operating
 
     if not why.strip():
         raise click.BadParameter("say why", param_hint="--reason")
+    which = _Chosen(**chosen)
+    which.check()
+    service = services.find(name)
 
-    def act(engine: Engine, service: Service, chosen: Sequence[str]) -> list[str]:
-        return operating.discard(engine, service, chosen, actor=actor(), reason=why)
+    def these(engine: Engine, ids: Sequence[str], source: str | None) -> list[str]:
+        return operating.discard(engine, service, ids, source=source, actor=actor(), reason=why)
+
+    def all_(engine: Engine, wanted: Filter, last: int) -> Sweep:
+        return operating.discard_all(engine, service, wanted, last=last, actor=actor(), reason=why)
 
     consequence = "They are never applied; what waits behind them goes on."
-    _run("discard", consequence, act, name, ids, all_, (reason, topic, key), yes)
-
-
-def _run(
-    verb: str,
-    consequence: str,
-    act: Callable[[Engine, Service, Sequence[str]], list[str]],
-    name: str,
-    ids: tuple[str, ...],
-    all_: bool,
-    narrowed: tuple[str | None, str | None, str | None],
-    yes: bool,
-) -> None:
-    if bool(ids) == all_:
-        raise click.UsageError("give either ids or --all (with --parked-as, --topic, --key)")
-    if ids and any(narrowed):
-        raise click.UsageError("--parked-as, --topic and --key go with --all; an id needs none")
-    from outbox.cli import services
-    from outbox.consumer import operating
-
-    here = context.current()
-    service = services.find(name)
-    with services.opened(here, service, name) as engine:
-        if all_:
-            found = _select(engine, service, "parked", *narrowed, limit=10_000)
+    order = _Order("discard", "Discarded", consequence, service, these, all_)
+    with services.opened(context.current(), service, name) as engine:
+        if which.all_:
+            _all_of_them(engine, order, which.filter(), yes)
         else:
-            found = [item.entry for id_ in dict.fromkeys(ids) for item in operating.parked_show(engine, service, id_)]
-        if not found:
-            text.say(f"No parked message waits for a person: nothing to {verb}.")
-            return
-        text.say(f"This would {verb} {text.amount(len(found), 'message')} of {service.name!r}. {consequence}", error=True)
-        text.say(_table(found[:_SHOWN]), error=True)
-        if len(found) > _SHOWN:
-            text.say(text.dim(f"and {len(found) - _SHOWN:,} more"), error=True)
-        confirm(yes)
-        done = act(engine, service, [entry.id for entry in found])
-    text.say(f"{verb.capitalize()}{'d' if verb.endswith('e') else 'ed'} {text.amount(len(done), 'message')}.")
+            _these(engine, order, which, yes, refuse=lambda _: "")
 
 
-def _select(
-    engine: Engine,
-    service: Service,
-    state: str | None,
-    reason: str | None,
-    topic: str | None,
-    key: str | None,
-    limit: int,
-) -> list[Entry]:
+def _these(engine: Engine, order: _Order, which: _Chosen, yes: bool, *, refuse: Callable[[Entry], str]) -> None:
     from outbox.consumer import operating
+
+    ids = list(dict.fromkeys(which.ids))
+    try:
+        found = operating.parked_these(engine, order.service, ids, which.source)
+        if refused := [why for entry in found if (why := refuse(entry))]:
+            raise OutboxError("\n".join([*refused, "nothing was changed"]))
+        _announce(order, found, len(found))
+        confirm(yes)
+        done = order.these(engine, ids, which.source)
+    except operating.AmbiguousId as error:
+        raise click.UsageError(f"{error}; say which with --source, one id at a time") from error
+    text.say(f"{order.done} {text.amount(len(done), 'message')}.")
+
+
+def _all_of_them(engine: Engine, order: _Order, which: Filter, yes: bool) -> None:
+    from outbox.consumer import operating
+
+    expected, last = operating.parked_count(engine, order.service, which)
+    if not expected:
+        text.say(f"No parked message waits for a person: nothing to {order.verb}.")
+        return
+    _announce(order, operating.parked_list(engine, order.service, which, limit=_SHOWN), expected)
+    confirm(yes)
+    sweep, done, said = order.all_(engine, which, last), 0, 0
+    try:
+        for number in sweep.run():
+            done += number
+            if done - said >= _TELL_AFTER:
+                said = done
+                text.say(text.dim(f"{done:,} of {expected:,}"), error=True)
+    except BaseException:
+        text.say(f"{order.done} {done:,} of {text.amount(expected, 'message')}; the others are as they were.", error=True)
+        raise
+    left = len(sweep.left)
+    moved = expected - done - left
+    rest = f" {moved:,} had moved on meanwhile." if moved > 0 else ""
+    text.say(f"{order.done} {text.amount(done, 'message')}.{rest}")
+    if left:
+        are = f"{text.amount(left, 'message')} of keys that the service is handling now"
+        raise Unavailable(f"{are} are as they were; the same command may reach them later")
+
+
+def _leave_unhandled(engine: Engine, service: Service, which: _Chosen) -> None:
+    """Say how many messages a requeue of all leaves, because this version has no handler for them."""
+    from outbox.consumer import operating
+
+    everything, _ = operating.parked_count(engine, service, which.filter())
+    handled, _ = operating.parked_count(engine, service, which.filter(topics=service.topics))
+    if left := everything - handled:
+        text.say(f"{text.amount(left, 'message')} of topics that have no handler here: left as they are.", error=True)
+
+
+def _without_handler(service: Service, entry: Entry) -> str:
+    if entry.reason == "undecodable" or service.handler(entry.topic) is not None:
+        return ""
+    return f"message {entry.id}: service {service.name!r} has no handler for {entry.topic!r} here; use the version that has one"
+
+
+def _announce(order: _Order, sample: Sequence[Entry], total: int) -> None:
+    what = f"{text.amount(total, 'message')} of {order.service.name!r}"
+    text.say(f"This would {order.verb} {what}. {order.consequence}", error=True)
+    text.say(_table(sample[:_SHOWN]), error=True)
+    if total > _SHOWN:
+        text.say(text.dim(f"and {total - _SHOWN:,} more"), error=True)
+
+
+def _filter(state: str | None, reason: str | None, topic: str | None, key: str | None, **more: Any) -> Filter:
+    from outbox.consumer.orders import Filter
     from outbox.consumer.tables import Reason, State
 
-    which = operating.Filter(
+    return Filter(
         state=None if state is None else State(state),
         reason=None if reason is None else Reason(reason),
         topic=topic,
         key=key,
+        **more,
     )
-    return operating.parked_list(engine, service, which, limit=limit)
 
 
 # --- showing ------------------------------------------------------------------------------------------------------------

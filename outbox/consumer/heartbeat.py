@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _process = tables.process
 
-#: How often the row is written. `operate.status` takes one that is several times older for a dead process.
+#: How often the row is written. `operating.status` takes one that is several times older for a dead process.
 SEEN_SECONDS = 2.0
 _LOOK_SECONDS = 0.5
 _PRUNE_SECONDS = 60.0

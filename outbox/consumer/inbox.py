@@ -53,8 +53,8 @@ def insert(dialect: str, table: sa.Table) -> Any:
 # value the statement would be another text for each number of rows: never prepared, always parsed, most of a batch's work.
 
 
-def _given(dialect: str, **columns: sa.types.TypeEngine[Any]) -> sa.Subquery:
-    """Return the table of the rows that are passed with `_passed`."""
+def given(dialect: str, **columns: sa.types.TypeEngine[Any]) -> sa.Subquery:
+    """Return the table of the rows that are passed with `passed`."""
     if dialect == "postgresql":
         arrays = [sa.bindparam(f"{name}s", type_=postgresql.ARRAY(kind)) for name, kind in columns.items()]
         return sa.select(*sa.func.unnest(*arrays).table_valued(*columns).render_derived().c).subquery("given")
@@ -66,7 +66,8 @@ def _given(dialect: str, **columns: sa.types.TypeEngine[Any]) -> sa.Subquery:
     return sa.select(*picked).subquery("given")
 
 
-def _passed(dialect: str, names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+def passed(dialect: str, names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    """Return *rows*, with columns *names*, as the parameters of a statement that is `given` them."""
     if dialect == "postgresql":
         return {f"{name}s": list(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
     return {"rows": json.dumps(rows)}
@@ -74,9 +75,9 @@ def _passed(dialect: str, names: Sequence[str], rows: Sequence[tuple[Any, ...]])
 
 @cache
 def _take(dialect: str) -> Any:
-    given = _given(dialect, source=sa.Text(), message_id=sa.Text())
+    each = given(dialect, source=sa.Text(), message_id=sa.Text())
     now = sa.bindparam("now", type_=_inbox.c.taken_at.type)
-    values = sa.select(sa.bindparam("service", type_=sa.Text()), given.c.source, given.c.message_id, now)
+    values = sa.select(sa.bindparam("service", type_=sa.Text()), each.c.source, each.c.message_id, now)
     values = values.where(sa.true())  # SQLite would take ON CONFLICT for the ON of a join
     statement = insert(dialect, _inbox).from_select(list(_inbox.c.keys()), values).on_conflict_do_nothing()
     if dialect == "postgresql":
@@ -85,22 +86,31 @@ def _take(dialect: str) -> Any:
 
 
 @cache
-def _lock_marks(dialect: str) -> Any:
-    given = _given(dialect, source=sa.Text(), key=sa.Text())
+def _marks(dialect: str) -> Any:
+    each = given(dialect, source=sa.Text(), key=sa.Text())
     return (
         sa.select(_key.c.source, _key.c.key, _key.c.sequence, _key.c.held)
         .where(_key.c.service == sa.bindparam("service"))
         # Not a join: SQLite would read all keys of the service, and for each of them all rows of the batch.
-        .where(sa.tuple_(_key.c.source, _key.c.key).in_(sa.select(*given.c)))
+        .where(sa.tuple_(_key.c.source, _key.c.key).in_(sa.select(*each.c)))
         .order_by(_key.c.source, _key.c.key)
-        .with_for_update(of=_key)
     )
 
 
 @cache
+def _lock_marks(dialect: str) -> Any:
+    return _marks(dialect).with_for_update(of=_key)
+
+
+@cache
+def _lock_free_marks(dialect: str) -> Any:
+    return _marks(dialect).with_for_update(of=_key, skip_locked=True)
+
+
+@cache
 def _write_marks(dialect: str) -> Any:
-    given = _given(dialect, source=sa.Text(), key=sa.Text(), sequence=sa.BigInteger(), held=sa.Boolean())
-    values = sa.select(sa.bindparam("service", type_=sa.Text()), *given.c).where(sa.true())
+    each = given(dialect, source=sa.Text(), key=sa.Text(), sequence=sa.BigInteger(), held=sa.Boolean())
+    values = sa.select(sa.bindparam("service", type_=sa.Text()), *each.c).where(sa.true())
     statement = insert(dialect, _key).from_select(list(_key.c.keys()), values)
     new = statement.excluded
     higher = sa.case((new.sequence > _key.c.sequence, new.sequence), else_=_key.c.sequence)
@@ -117,7 +127,7 @@ def take(connection: Connection, service: str, identities: Collection[Identity],
     lock each other out.
     """
     dialect = connection.dialect.name
-    rows = _passed(dialect, ("source", "message_id"), sorted(set(identities)))
+    rows = passed(dialect, ("source", "message_id"), sorted(set(identities)))
     written = connection.execute(_take(dialect), {"service": service, "now": now, "seal": seal.number, **rows})
     seal.is_put = dialect == "postgresql"
     return {(source, message_id) for source, message_id in written}
@@ -129,16 +139,24 @@ def lock_marks(connection: Connection, service: str, keys: Collection[Key]) -> d
         return {}
     dialect = connection.dialect.name
     marks = {key: Mark() for key in keys}
-    rows = _passed(dialect, ("source", "key"), sorted(keys))
+    rows = passed(dialect, ("source", "key"), sorted(keys))
     for source, key, sequence, held in connection.execute(_lock_marks(dialect), {"service": service, **rows}):
         marks[source, key] = Mark(sequence, held)
     return marks
 
 
-def lock_mark_if_free(connection: Connection, service: str, key: Key) -> bool:
-    """Lock what is known of *key*, which exists, until the transaction ends; False where another transaction has it locked."""
-    query = sa.select(_key.c.key).where(_at(_key, service, key)).with_for_update(skip_locked=True)
-    return connection.execute(query).one_or_none() is not None
+def lock_free_marks(connection: Connection, service: str, keys: Collection[Key]) -> dict[Key, Mark]:
+    """Return what is known of those of *keys* that no other transaction has locked, locked as `lock_marks` does."""
+    if not keys:
+        return {}
+    dialect = connection.dialect.name
+    wanted = {"service": service, **passed(dialect, ("source", "key"), sorted(keys))}
+    rows = connection.execute(_lock_free_marks(dialect), wanted)
+    locked = {(source, key): Mark(sequence, held) for source, key, sequence, held in rows}
+    if len(locked) == len(keys):
+        return locked
+    known = {(row.source, row.key) for row in connection.execute(_marks(dialect), wanted)}
+    return {key: locked.get(key, Mark()) for key in keys if key in locked or key not in known}
 
 
 def lock_mark_in_turn(connection: Connection, service: str, key: Key, seconds: float) -> bool:
@@ -151,7 +169,7 @@ def lock_mark_in_turn(connection: Connection, service: str, key: Key, seconds: f
     before = connection.execute(_LIMIT_WAIT, {"limit": f"{seconds * 1000:.0f}ms"}).scalar_one()
     try:
         with connection.begin_nested():
-            connection.execute(sa.select(_key.c.key).where(_at(_key, service, key)).with_for_update())
+            lock_marks(connection, service, [key])
     except SQLAlchemyError as error:
         if meaning(error) is not Meaning.BUSY:
             raise
@@ -168,17 +186,22 @@ def write_marks(connection: Connection, service: str, marks: Mapping[Key, Mark])
         return
     dialect = connection.dialect.name
     rows = sorted((source, key, mark.sequence, mark.held) for (source, key), mark in marks.items())
-    passed = _passed(dialect, ("source", "key", "sequence", "held"), rows)
-    connection.execute(_write_marks(dialect), {"service": service, **passed})
+    values = passed(dialect, ("source", "key", "sequence", "held"), rows)
+    connection.execute(_write_marks(dialect), {"service": service, **values})
 
 
-def free(connection: Connection, service: str, key: Key) -> None:
-    """End the hold of *key*."""
-    connection.execute(sa.update(_key).where(_at(_key, service, key)).values(held=False))
+@cache
+def _free(dialect: str) -> Any:
+    each = given(dialect, source=sa.Text(), key=sa.Text())
+    theirs = sa.tuple_(_key.c.source, _key.c.key).in_(sa.select(*each.c))
+    return sa.update(_key).where(_key.c.service == sa.bindparam("of"), theirs).values(held=False)
 
 
-def _at(table: sa.Table, service: str, key: Key) -> sa.ColumnElement[bool]:
-    return sa.and_(table.c.service == service, table.c.source == key[0], table.c.key == key[1])
+def free(connection: Connection, service: str, keys: Collection[Key]) -> None:
+    """End the hold of *keys*."""
+    if keys:
+        dialect = connection.dialect.name
+        connection.execute(_free(dialect), {"of": service, **passed(dialect, ("source", "key"), sorted(keys))})
 
 
 # --- attempts that a process may not survive ---------------------------------------------------------------------------

@@ -121,8 +121,22 @@ def _version_4(op: Operations) -> None:
     op.add_column("consumer_process", sa.Column("prefetch", sa.Integer))
 
 
+def _version_5(op: Operations) -> None:
+    """The head of a key is found without reading what was discarded before it."""
+    op.create_index(
+        "consumer_parked_holding",
+        "consumer_parked",
+        ["service", "source", "key", "id"],
+        postgresql_where=sa.text("holds"),
+        sqlite_where=sa.text("holds = 1"),
+    )
+    op.drop_index("consumer_parked_key", "consumer_parked")
+
+
 CONSUMER = History(
-    name="consumer", steps=(_version_1, _version_2, _version_3, _version_4), command="outbox consumer migrate NAME"
+    name="consumer",
+    steps=(_version_1, _version_2, _version_3, _version_4, _version_5),
+    command="outbox consumer migrate NAME",
 )
 
 

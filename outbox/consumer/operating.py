@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from outbox import database, migrations
-from outbox.consumer import inbox, parking, tables
+from outbox.consumer import orders, parking, tables
 from outbox.consumer.heartbeat import SEEN_SECONDS
 from outbox.consumer.migrations import history
-from outbox.consumer.tables import Reason, State
+from outbox.consumer.orders import Discard, Filter, Requeue, Sweep
+from outbox.consumer.tables import State
 from outbox.consumer.transaction import reading
-from outbox.errors import OutboxError, SchemaError
+from outbox.errors import OutboxError, SchemaError, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from sqlalchemy.engine import Connection, Engine, Row
 
@@ -33,6 +36,8 @@ _SUMS = [sa.func.coalesce(sa.func.sum(_counter.c[name]), 0).label(name) for name
 #: Parked messages that a process replays at once, on SQLite one.
 REPLAYERS = 4
 _USUAL = timedelta(seconds=SEEN_SECONDS)
+_PAUSE_SECONDS = 0.1
+_ANY = Filter()
 _ALIVE = 8 * _USUAL
 
 
@@ -129,79 +134,98 @@ class Detail:
     note: str | None
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Filter:
-    """Which parked messages are meant; None: any."""
-
-    state: State | None = None
-    reason: Reason | None = None
-    topic: str | None = None
-    key: str | None = None
+#: What an `Entry` holds: no bodies.
+_ENTRY = [_parked.c.id, _parked.c.message_id] + [
+    _parked.c[each.name] for each in dataclasses.fields(Entry) if each.name not in ("id", "row")
+]
 
 
-def parked_list(engine: Engine, service: Service, which: Filter = Filter(), *, limit: int = 50) -> list[Entry]:
+class AmbiguousId(OutboxError):
+    """Messages of several sources have the id that was given."""
+
+
+def parked_list(engine: Engine, service: Service, which: Filter = _ANY, *, limit: int = 50) -> list[Entry]:
     """Return at most *limit* parked messages, in the order they came; discarded ones only when asked for."""
-    query = sa.select(_parked).where(_parked.c.service == service.name).order_by(_parked.c.id).limit(limit)
-    for column in ("state", "reason", "topic", "key"):
-        if (value := getattr(which, column)) is not None:
-            query = query.where(_parked.c[column] == value)
-    if which.state is None:
-        query = query.where(_parked.c.state != State.DISCARDED)
+    query = sa.select(*_ENTRY).where(*which.conditions(service.name)).order_by(_parked.c.id).limit(limit)
     with reading(engine) as connection:
         return [_entry(row) for row in connection.execute(query)]
 
 
-def parked_show(engine: Engine, service: Service, message_id: str) -> list[Detail]:
-    """Return the parked message of that id (more than one where sources share it). Raises OutboxError when there is none."""
+def parked_count(engine: Engine, service: Service, which: Filter) -> tuple[int, int]:
+    """Return how many parked messages are meant, and the row of the last of them, for `requeue_all` and `discard_all`."""
     with reading(engine) as connection:
-        return [_detail(connection, row) for row in _find(connection, service, [message_id])]
+        return orders.count(connection, service.name, which)
 
 
-def requeue(engine: Engine, service: Service, ids: Sequence[str], *, actor: str, now: datetime | None = None) -> list[str]:
+def parked_show(engine: Engine, service: Service, message_id: str, source: str | None = None) -> list[Detail]:
+    """Return the parked messages of that id: one of each source. Raises OutboxError when there is none."""
+    with reading(engine) as connection:
+        rows = _find(connection, service, [message_id], source)
+        query = sa.select(_parked).where(_parked.c.id.in_([row.id for row in rows])).order_by(_parked.c.id)
+        return [_detail(connection, row) for row in connection.execute(query)]
+
+
+def parked_these(engine: Engine, service: Service, ids: Sequence[str], source: str | None = None) -> list[Entry]:
+    """Return the parked messages *ids*. Raises OutboxError for one that is not there, AmbiguousId for one that several are."""
+    with reading(engine) as connection:
+        return [_entry(row) for row in _find_one_each(connection, service, ids, source)]
+
+
+def requeue(
+    engine: Engine, service: Service, ids: Sequence[str], *, actor: str, source: str | None = None, now: datetime | None = None
+) -> list[str]:
     """Let the worker replay the messages *ids*, those of a key in their order; return the ids.
 
-    Raises OutboxError, having changed nothing, for an id that is not parked, was discarded, or waits behind another one.
+    Raises OutboxError, having changed nothing, for an id that is not parked, was discarded, or waits behind another one,
+    AmbiguousId for one that messages of several sources have, unless *source* says which is meant, Unavailable while the
+    service has one of them in hand.
     """
-
-    moment = now or datetime.now(UTC)
-
-    def act(connection: Connection, row: Row[Any]) -> None:
-        parking.requeue(connection, row, actor, moment)
-
-    return _act(engine, service, ids, "requeue", act)
+    return _act(engine, service, ids, source, "requeue", Requeue(service=service.name, actor=actor, now=now))
 
 
 def discard(
-    engine: Engine, service: Service, ids: Sequence[str], *, actor: str, reason: str, now: datetime | None = None
-) -> list[str]:
-    """Never apply the messages *ids*; later ones of their keys go on. Returns the ids; raises as `requeue`."""
-
-    moment = now or datetime.now(UTC)
-
-    def act(connection: Connection, row: Row[Any]) -> None:
-        parking.discard(connection, row, actor, reason, moment)
-
-    return _act(engine, service, ids, "discard", act)
-
-
-def _act(
     engine: Engine,
     service: Service,
     ids: Sequence[str],
-    verb: str,
-    act: Callable[[Connection, Row[Any]], None],
+    *,
+    actor: str,
+    reason: str,
+    source: str | None = None,
+    now: datetime | None = None,
 ) -> list[str]:
-    with engine.begin() as connection:
-        found = _find(connection, service, ids)
-        keys = {(row.source, row.key) for row in found if row.key is not None}
-        inbox.lock_marks(connection, service.name, keys)
-        # Again, and locked: a replay may just have ended, or, of a message without a key, still be under way.
-        found = _find(connection, service, ids, lock=True)
-        if refused := [text for row in found if (text := _why_not(row))]:
-            raise OutboxError("\n".join([*refused, f"nothing was changed; {verb} the first of a key"]))
-        for row in found:
-            act(connection, row)
-    return [row.message_id for row in found]
+    """Never apply the messages *ids*; later ones of their keys go on. Returns the ids; raises as `requeue`."""
+    act = Discard(service=service.name, actor=actor, reason=reason, now=now)
+    return _act(engine, service, ids, source, "discard", act)
+
+
+def requeue_all(engine: Engine, service: Service, which: Filter, *, last: int, actor: str) -> Sweep:
+    """Return the order that lets the worker replay the messages *which* means, up to the row *last*, a chunk at a time."""
+    return Sweep(engine, service.name, which, last=last, act=Requeue(service=service.name, actor=actor))
+
+
+def discard_all(engine: Engine, service: Service, which: Filter, *, last: int, actor: str, reason: str) -> Sweep:
+    """Return the order that never applies the messages *which* means, up to the row *last*, a chunk at a time."""
+    return Sweep(engine, service.name, which, last=last, act=Discard(service=service.name, actor=actor, reason=reason))
+
+
+def _act(
+    engine: Engine, service: Service, ids: Sequence[str], source: str | None, verb: str, act: Requeue | Discard
+) -> list[str]:
+    pause, deadline, again = threading.Event(), time.monotonic() + orders.PATIENCE_SECONDS, False
+    while True:
+        with engine.begin() as connection:
+            found = _find_one_each(connection, service, ids, source)
+            if again:
+                orders.wait_for_keys(connection, service.name, found)
+            rows, marks, in_hand = orders.locked(connection, service.name, [row.id for row in found])
+            if refused := [text for row in rows if (text := _why_not(row))]:
+                raise OutboxError("\n".join([*refused, f"nothing was changed; {verb} the first of a key"]))
+            if not in_hand and len(rows) == len(found):
+                act(connection, rows, marks)
+                return [row.message_id for row in rows]
+        if time.monotonic() > deadline:
+            raise Unavailable(f"service {service.name!r} is handling messages of these keys; nothing was changed; try again")
+        again = not pause.wait(_PAUSE_SECONDS)
 
 
 def _why_not(row: Row[Any]) -> str | None:
@@ -212,15 +236,31 @@ def _why_not(row: Row[Any]) -> str | None:
     return None
 
 
-def _find(connection: Connection, service: Service, ids: Sequence[str], *, lock: bool = False) -> list[Row[Any]]:
-    query = sa.select(_parked).where(_parked.c.service == service.name, _parked.c.message_id.in_(ids)).order_by(_parked.c.id)
-    if lock:
-        query = query.with_for_update()
+def _find_one_each(connection: Connection, service: Service, ids: Sequence[str], source: str | None) -> list[Row[Any]]:
+    rows = _find(connection, service, ids, source)
+    sources: dict[str, list[str]] = {}
+    for row in rows:
+        sources.setdefault(row.message_id, []).append(row.source)
+    if several := {id_: found for id_, found in sources.items() if len(found) > 1}:
+        named = [f"id {id_} is that of messages of {' and of '.join(map(repr, found))}" for id_, found in several.items()]
+        raise AmbiguousId("\n".join(named))
+    return rows
+
+
+def _find(connection: Connection, service: Service, ids: Sequence[str], source: str | None = None) -> list[Row[Any]]:
+    query = sa.select(*_ENTRY).where(_parked.c.service == service.name, _parked.c.message_id.in_(ids)).order_by(_parked.c.id)
+    if source is not None:
+        query = query.where(_parked.c.source == source)
     rows = list(connection.execute(query))
+    # Of a message that came again after it was discarded, long ago, the one that waits is meant.
+    waiting = {(row.source, row.message_id) for row in rows if row.state != State.DISCARDED}
+    rows = [row for row in rows if row.state != State.DISCARDED or (row.source, row.message_id) not in waiting]
     missing = [each for each in ids if each not in {row.message_id for row in rows}]
     if missing:
         raise OutboxError(
-            f"service {service.name!r} has no parked message {', '.join(missing)}; outbox consumer parked list {service.typed}"
+            f"service {service.name!r} has no parked message {', '.join(missing)}"
+            + (f" from {source!r}" if source is not None else "")
+            + f"; outbox consumer parked list {service.typed}"
         )
     return rows
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -20,7 +21,7 @@ from outbox.consumer.tables import Reason, State, parked
 from outbox.message import MAX_NAME_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from datetime import datetime
 
     from sqlalchemy.engine import Connection, Row
@@ -69,7 +70,13 @@ class Aside:
         return dataclasses.replace(self, error=_ascii(self.error), detail="")
 
     def after(self, before: Row[Any], now: datetime) -> Aside:
-        """Return this for a message that is parked already: who asks again for a later time waits longer, and not for ever."""
+        """Return this for a message that is parked already.
+
+        Who asks again for a later time waits longer, and not for ever. A version of the service that can do nothing with the
+        message does not take away its hold: what waits behind it was held for a reason that this version does not know.
+        """
+        if self.reason in _FREE_REASONS and before.reason not in (*_FREE_REASONS, Reason.BEHIND):
+            return dataclasses.replace(self, reason=Reason(before.reason))
         if self.reason is not Reason.LATER or self.due_at is None:
             return self
         since = before.waiting_since or now
@@ -158,7 +165,7 @@ def line(connection: Connection, service: str, key: Key, limit: int) -> list[Row
     query = (
         sa.select(parked)
         .where(parked.c.service == service, parked.c.source == key[0], parked.c.key == key[1])
-        .where(parked.c.holds, parked.c.state != State.DISCARDED)
+        .where(parked.c.holds)  # which discarded ones do not
         .order_by(parked.c.id)
         .limit(limit)
     )
@@ -207,43 +214,33 @@ def wait_for_turn(connection: Connection, row_id: int) -> None:
     connection.execute(sa.update(parked).where(still_due).values(state=State.BEHIND, due_at=None))
 
 
-def move_up(connection: Connection, service: str, key: Key, now: datetime) -> None:
-    """The head of *key* is gone: its successor's turn has come; without one the key is free."""
-    rest = line(connection, service, key, 1)
-    if not rest:
-        inbox.free(connection, service, key)
-    elif rest[0].state == State.BEHIND:
-        connection.execute(sa.update(parked).where(parked.c.id == rest[0].id).values(state=State.DUE, due_at=now))
+def move_up(connection: Connection, service: str, keys: Collection[Key], now: datetime) -> None:
+    """The heads of *keys* are gone: the turn of their successors has come; a key without one is free."""
+    if not keys:
+        return
+    first = heads(connection, service, keys)
+    inbox.free(connection, service, [key for key in keys if key not in first])
+    turn = sa.and_(parked.c.id.in_(first.values()), parked.c.state == State.BEHIND)
+    if first:
+        connection.execute(sa.update(parked).where(turn).values(state=State.DUE, due_at=now))
 
 
-# --- what a person orders ------------------------------------------------------------------------------------------------
+def heads(connection: Connection, service: str, keys: Collection[Key]) -> dict[Key, int]:
+    """Return the row of the message that holds each of *keys* and came first; a free key has none."""
+    if not keys:
+        return {}
+    dialect = connection.dialect.name
+    rows = inbox.passed(dialect, ("source", "key"), sorted(keys))
+    found = connection.execute(_heads(dialect), {"service": service, **rows})
+    return {(source, key): row_id for source, key, row_id in found if row_id is not None}
 
 
-def requeue(connection: Connection, row: Row[Any], actor: str, now: datetime) -> None:
-    """Let the worker try *row* again: now, or when those before it in its key are gone."""
-    values: dict[str, Any] = {"state": State.DUE, "due_at": now, "starts": 0, "starter": None, "waiting_since": None}
-    if row.key is not None:
-        key = (row.source, row.key)
-        (mark,) = inbox.lock_marks(connection, row.service, [key]).values()
-        overtaken = not row.holds and row.sequence is not None and row.sequence < mark.sequence
-        # From now on it holds its key, whatever it was parked for: what it waits for and what waits for it stays in order.
-        values |= {"holds": True, "late": row.late or overtaken}
-        inbox.write_marks(connection, row.service, {key: inbox.Mark(held=True)})
-        first = line(connection, row.service, key, 1)
-        if first and first[0].id < row.id:
-            values |= {"state": State.BEHIND, "due_at": None}
-    _order(connection, row.id, actor, now, **values)
-
-
-def discard(connection: Connection, row: Row[Any], actor: str, reason: str, now: datetime) -> None:
-    """Never apply *row*; those behind it go on."""
-    _order(connection, row.id, actor, now, state=State.DISCARDED, due_at=None, holds=False, note=reason)
-    if row.key is not None:
-        move_up(connection, row.service, (row.source, row.key), now)
-
-
-def _order(connection: Connection, row_id: int, actor: str, now: datetime, **values: Any) -> None:
-    connection.execute(sa.update(parked).where(parked.c.id == row_id).values(actor=actor, acted_at=now, **values))
+@cache
+def _heads(dialect: str) -> Any:
+    given = inbox.given(dialect, source=sa.Text(), key=sa.Text())
+    of_key = (parked.c.service == sa.bindparam("service"), parked.c.source == given.c.source, parked.c.key == given.c.key)
+    first = sa.select(sa.func.min(parked.c.id)).where(*of_key, parked.c.holds).correlate(given).scalar_subquery()
+    return sa.select(given.c.source, given.c.key, first)
 
 
 # --- counting ----------------------------------------------------------------------------------------------------------
@@ -256,10 +253,10 @@ def count(connection: Connection, service: str) -> int:
 
 
 def prune(connection: Connection, service: str, before: datetime, limit: int) -> int:
-    """Forget at most *limit* discarded messages that were parked before *before*; return how many."""
+    """Forget at most *limit* messages that were discarded before *before*; return how many."""
     old = (
         sa.select(parked.c.id)
-        .where(parked.c.service == service, parked.c.state == State.DISCARDED, parked.c.parked_at < before)
+        .where(parked.c.service == service, parked.c.state == State.DISCARDED, parked.c.acted_at < before)
         .limit(limit)
     )
     return connection.execute(sa.delete(parked).where(parked.c.id.in_(old))).rowcount

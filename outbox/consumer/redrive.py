@@ -125,7 +125,7 @@ class Replays:
             failpoints.reached("K3")
             parking.remove(connection, [row.id for row in rows])
             if key is not None:
-                parking.move_up(connection, self._name, key, self._deliveries.clock())
+                parking.move_up(connection, self._name, [key], self._deliveries.clock())
             late = sum(each.late for each in settled)
             count(connection, self._name, self._deliveries.worker, Tally(applied=len(settled), late=late))
         failpoints.reached("K4")
@@ -142,7 +142,7 @@ class Replays:
             holds = aside.holds(key)
             parking.set_aside_again(connection, row_id, aside, holds=holds)
             if key is not None and not holds:
-                parking.move_up(connection, self._name, key, self._deliveries.clock())
+                parking.move_up(connection, self._name, [key], self._deliveries.clock())
             arrival = _arrival(head)
         return [Settled(arrival, Outcome.PARKED, aside=aside)]
 
@@ -155,7 +155,7 @@ class Replays:
             return parking.lock(connection, row_id)
         if wait:
             inbox.lock_marks(connection, self._name, [key])
-        elif not (inbox.lock_mark_if_free(connection, self._name, key) or self._in_turn(connection, key)):
+        elif not (inbox.lock_free_marks(connection, self._name, [key]) or self._in_turn(connection, key)):
             return None
         return self._first(connection, key)
 

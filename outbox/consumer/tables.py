@@ -103,7 +103,12 @@ parked = sa.Table(
     sa.Column("properties", sa.Text, nullable=False),  # AMQP properties and headers as JSON, for people
     sa.Column("body", Bytes, nullable=False),  # as it came
     sa.Index("consumer_parked_message_id", "service", "message_id"),
-    sa.Index("consumer_parked_key", "service", "source", "key", "id"),
+    sa.Index(
+        "consumer_parked_holding",
+        *("service", "source", "key", "id"),
+        postgresql_where=sa.text("holds"),
+        sqlite_where=sa.text("holds = 1"),  # as a condition on it is written there, else SQLite does not see that it fits
+    ),
     sa.Index("consumer_parked_due", "service", "due_at"),
     sqlite_autoincrement=True,
 )

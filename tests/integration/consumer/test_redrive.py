@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from outbox.consumer import Outcome, Reject, operating, redrive, tables
 from outbox.consumer.batch import Deliveries, now_utc
 from outbox.consumer.exclusive import Turnstile
+from outbox.consumer.orders import Filter
 from outbox.consumer.redrive import Redriver, Replays
 from outbox.consumer.retries import Attempts, Pause, Policy
 from outbox.consumer.tables import Reason, State
@@ -314,7 +315,7 @@ def test_parked_messages_are_listed_by_state_reason_topic_and_key(engine: Engine
     service = place.recorder.service
 
     def listed(**which: Any) -> list[int | None]:
-        return [each.sequence for each in operating.parked_list(engine, service, operating.Filter(**which))]
+        return [each.sequence for each in operating.parked_list(engine, service, Filter(**which))]
 
     assert listed() == [1, 2, 3, None, 1]
     assert listed(state=State.BEHIND) == [2, 3]

@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import patch
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -19,10 +20,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from outbox.consumer import Reject, Retry, operating, tables
+from outbox.consumer import Reject, Retry, operating, orders, tables
 from outbox.consumer.batch import Deliveries
 from outbox.consumer.delivery import Arrival, read
 from outbox.consumer.exclusive import Turnstile
+from outbox.consumer.orders import Filter, Requeue, Sweep
 from outbox.consumer.redrive import Redriver
 from outbox.consumer.retries import Attempts, Pause, Policy
 from outbox.consumer.tables import State
@@ -144,11 +146,24 @@ class ParkingMachine(RuleBasedStateMachine):
         self.requeue(chosen)
 
     def requeue(self, chosen: list[str]) -> None:
+        self.note_requeue(chosen)
+        operating.requeue(self.engine, self.recorder.service, chosen, actor="me@here", now=self.now)
+
+    def note_requeue(self, chosen: list[str]) -> None:
         holding = {row.message_id for row in rows(self.engine, tables.parked) if row.holds}
         for each in self.sent.values():
             if each.id in chosen and each.id not in holding and each.sequence < self.keys[each.key].highest:
                 each.late = True  # it let go, and was overtaken
-        operating.requeue(self.engine, self.recorder.service, chosen, actor="me@here", now=self.now)
+
+    @precondition(lambda self: self.waiting_for_a_person())
+    @rule(key=st.sampled_from([None, *KEYS]), chunk=st.integers(1, 3))
+    def a_person_requeues_all(self, key: str | None, chunk: int) -> None:
+        chosen = [row.message_id for row in self.parked() if row.state == State.PARKED and key in (None, row.key)]
+        self.note_requeue(chosen)
+        which = Filter(state=State.PARKED, key=key)
+        act = Requeue(service="exports", actor="me@here", now=self.now)
+        with patch.object(orders, "CHUNK", chunk):
+            assert sum(Sweep(self.engine, "exports", which, last=1_000_000, act=act).run()) == len(chosen)
 
     @precondition(lambda self: self.waiting_for_a_person())
     @rule(data=st.data())
@@ -246,6 +261,9 @@ class ParkingMachine(RuleBasedStateMachine):
                 model.highest = max(model.highest, each.sequence)
                 model.arrivals.append(each)
         self.attempts.settle([each.arrival for each in batch], lambda _settled: None)
+
+    def parked(self) -> list[Any]:
+        return list(rows(self.engine, tables.parked))
 
     def waiting_for_a_person(self) -> list[str]:
         return [row.message_id for row in rows(self.engine, tables.parked) if row.state == State.PARKED]
