@@ -8,8 +8,8 @@ import socket
 import threading
 import time
 import uuid
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -17,6 +17,7 @@ import sqlalchemy as sa
 import outbox
 from outbox.consumer import inbox, parking, tables, telemetry
 from outbox.consumer.blocked import Blocked
+from outbox.consumer.clock import DatabaseClock
 from outbox.consumer.transaction import reading
 from outbox.database import autocommitting
 from outbox.process.logs import say
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from outbox.consumer.link import Link
     from outbox.consumer.service import Service
+    from outbox.consumer.topology import Topology
 
 log = logging.getLogger(__name__)
 _process = tables.process
@@ -46,32 +48,44 @@ class _View:
     """What the receiving thread last saw."""
 
     connected: bool = False
-    #: When the oldest message in hand was sent.
+    #: When the oldest message was sent that is in hand, or was last known to be; None: the queue was seen empty since.
     oldest_at: datetime | None = None
-    #: When there was last nothing in hand, being connected.
+    #: When last nothing was in hand and the queue was seen empty.
     caught_up_at: datetime | None = None
 
 
 class Upkeep:
     """A thread of its own, so that neither a slow handler nor a slow broker makes a living process look dead."""
 
-    def __init__(self, service: Service, engine: Engine, *, retention_seconds: float) -> None:
+    def __init__(self, service: Service, engine: Engine, topology: Topology, *, retention_seconds: float) -> None:
         self._service = service
+        self._topology = topology
         self._engine = engine
         self._retention = timedelta(seconds=retention_seconds)
+        #: For all of the process that writes times into the service's tables, or compares them.
+        self.clock = DatabaseClock()
+        #: When the service last took a message before this process, and the monotonic clock when that was read.
+        self._before: tuple[datetime, float] | None = None
         #: By which the tables know this process.
         self.id = str(uuid.uuid4())
         #: How many messages its connection may hold at once.
         self.prefetch: int | None = None
         self._queue_was_empty = False
-        self._started_at = datetime.now(UTC)
+        self._started_at: datetime | None = None
         self._view = _View()
-        self._looked_at = 0.0
+        self._looked_at = self._asked_at = 0.0
         self._pruned_at = 0.0
         self._ended = threading.Event()
         self._complained = False
         self._blocked = Blocked(service.name)
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
+
+    def prepare(self) -> None:
+        """Look at the database before anything is written."""
+        with reading(self._engine) as connection:
+            self._started_at = self.clock.set(connection)
+            newest = inbox.newest(connection, self._service.name)
+        self._before = (newest or self._started_at, time.monotonic())
 
     def start(self) -> None:
         """Begin to write."""
@@ -89,13 +103,23 @@ class Upkeep:
         if recently and not now and self._view.connected == (link is not None):
             return
         self._looked_at = time.monotonic()
-        if link is None:
-            self._view = _View(oldest_at=self._view.oldest_at, caught_up_at=self._view.caught_up_at)
-            return
-        in_hand = link.in_hand()
-        sent = [each.message.created_at for each in in_hand if each.message and each.message.created_at]
-        caught_up = self._view.caught_up_at if in_hand else datetime.now(UTC)
-        self._view = _View(connected=True, oldest_at=min(sent, default=None), caught_up_at=caught_up)
+        # What was last known stays known until the queue is seen empty: between two handfuls, and while the broker is away.
+        view = replace(self._view, connected=link is not None)
+        if link is not None:
+            in_hand = link.in_hand()
+            sent = [each.message.created_at for each in in_hand if each.message and each.message.created_at]
+            if sent:
+                view = replace(view, oldest_at=min(sent))
+            elif not in_hand and self._has_caught_up(link):
+                view = replace(view, oldest_at=None, caught_up_at=self.clock())
+        self._view = view
+
+    def _has_caught_up(self, link: Link) -> bool:
+        """Say whether nothing waits in the queue, and nothing is in hand; asks the broker seldom while that stays so."""
+        if self._view.oldest_at is None and time.monotonic() - self._asked_at < SEEN_SECONDS:
+            return False
+        self._asked_at = time.monotonic()
+        return link.backlog(self._topology) == 0 and not link.in_hand()
 
     def queue_was_empty(self) -> None:
         """Take notice that nothing is left of what earlier processes held."""
@@ -108,6 +132,8 @@ class Upkeep:
 
     def _try_to_write(self, state: str) -> None:
         try:
+            if self._started_at is None:
+                self.prepare()
             self._look_for_blockers()
             self._write(state)
             if state == "running" and time.monotonic() - self._pruned_at > _PRUNE_SECONDS:
@@ -126,6 +152,7 @@ class Upkeep:
     def _write(self, state: str) -> None:
         view, name = self._view, self._service.name
         with self._engine.begin() as connection:
+            now = self.clock.set(connection)
             if self._queue_was_empty:  # those that live write their own again
                 others = sa.and_(_process.c.service == name, _process.c.id != self.id)
                 connection.execute(sa.update(_process).where(others).values(prefetch=None))
@@ -139,7 +166,7 @@ class Upkeep:
                 state=state,
                 connected=view.connected and state == "running",
                 started_at=self._started_at,
-                seen_at=datetime.now(UTC),
+                seen_at=now,
                 oldest_at=view.oldest_at,
                 caught_up_at=view.caught_up_at,
                 prefetch=self.prefetch,
@@ -155,15 +182,26 @@ class Upkeep:
 
     def _prune(self) -> None:
         """Forget what is older than the retention, a little at a time."""
-        before = datetime.now(UTC) - self._retention
+        before = self._moment() - self._retention
         while not self._ended.is_set():
             with self._engine.begin() as connection:
                 forgotten = prune(connection, self._service.name, before, _PRUNE_ROWS)
             if forgotten < _PRUNE_ROWS:
                 break
         with self._engine.begin() as connection:
-            old = _process.c.seen_at < datetime.now(UTC) - timedelta(days=_PROCESS_DAYS)
+            old = _process.c.seen_at < self._moment() - timedelta(days=_PROCESS_DAYS)
             connection.execute(sa.delete(_process).where(_process.c.service == self._service.name, old))
+
+    def _moment(self) -> datetime:
+        """Return the moment by which things get old: never later than the last message before us, and our time since.
+
+        A clock that is weeks ahead, the database's or that of SQLite's host, would make everything old at once.
+        """
+        now = self.clock()
+        if self._before is None:
+            return now
+        newest, at = self._before
+        return min(now, newest + timedelta(seconds=time.monotonic() - at))
 
 
 def largest_prefetch(engine: Engine, service: str) -> int:

@@ -232,6 +232,12 @@ def end_attempts(connection: Connection, service: str, identities: Iterable[Iden
 # --- forgetting --------------------------------------------------------------------------------------------------------
 
 
+def newest(connection: Connection, service: str) -> datetime | None:
+    """Return when the last id was taken; None: none was."""
+    moment: datetime | None = connection.scalar(sa.select(sa.func.max(_inbox.c.taken_at)).where(_inbox.c.service == service))
+    return moment
+
+
 def prune(connection: Connection, service: str, before: datetime, limit: int) -> int:
     """Forget at most *limit* ids taken before *before* and return how many; an id that is still parked is kept."""
     parked = tables.parked

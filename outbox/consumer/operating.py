@@ -9,7 +9,7 @@ import dataclasses
 import json
 import threading
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -22,6 +22,7 @@ from outbox.consumer.orders import Discard, Filter, Requeue, Sweep
 from outbox.consumer.tables import State
 from outbox.consumer.transaction import reading
 from outbox.errors import OutboxError, SchemaError, Unavailable
+from outbox.store.clock import database_now
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +37,7 @@ _SUMS = [sa.func.coalesce(sa.func.sum(_counter.c[name]), 0).label(name) for name
 #: Parked messages that a process replays at once, on SQLite one.
 REPLAYERS = 4
 _USUAL = timedelta(seconds=SEEN_SECONDS)
+_LONG = 4 * _USUAL
 _PAUSE_SECONDS = 0.1
 _ANY = Filter()
 _ALIVE = 8 * _USUAL
@@ -313,9 +315,9 @@ class Status:
     parked: int
     waiting_for_a_person: int
     held_keys: int
-    #: While the service runs: age of the oldest message it was given and has not settled, 0 when there is none. While it
-    #: does not: seconds since it last had nothing left to do, because what was sent from then on may be waiting. None: it
-    #: never ran.
+    #: Age of the oldest message that was delivered to the service and is not settled; 0: there is none, and the queue was seen
+    #: empty. While nobody receives it grows from what was last known: from that message, where there was none from when the
+    #: queue was last seen empty, because what was sent since may be waiting. None: it never ran.
     lag_seconds: float | None
     running: bool
     processes: list[dict[str, Any]]
@@ -323,9 +325,9 @@ class Status:
 
 def status(engine: Engine, service: Service, now: datetime | None = None) -> Status:
     """Return how *service* stands, from its own database alone."""
-    now = now or datetime.now(UTC)
     name = service.name
     with reading(engine) as connection:
+        now = now or database_now(connection)
         totals = connection.execute(sa.select(*_SUMS).where(_counter.c.service == name)).one()
         parked = parking.count(connection, name)
         person = connection.scalar(sa.select(sa.func.count()).where(_parked.c.service == name, _parked.c.state == State.PARKED))
@@ -357,10 +359,16 @@ def status(engine: Engine, service: Service, now: datetime | None = None) -> Sta
 
 
 def _lag(processes: Sequence[Row[Any]], alive: Sequence[Row[Any]], now: datetime) -> float | None:
+    if not processes:
+        return None
+    caught_up = max(each.caught_up_at or each.started_at for each in processes)
+    since = [each.oldest_at for each in alive if each.oldest_at is not None]
     if any(each.connected for each in alive):
         # A row that is not written in time says nothing of what came since: on SQLite a slow handler keeps it from being.
-        silent = [each.seen_at for each in alive if now - each.seen_at > 2 * _USUAL]
-        waiting = [each.oldest_at for each in alive if each.oldest_at is not None]
-        return float(max((now - each).total_seconds() for each in [*silent, *waiting, now]))
-    since = [each.caught_up_at or each.started_at for each in processes]
-    return max(0.0, (now - max(since)).total_seconds()) if since else None
+        since += [each.seen_at for each in alive if now - each.seen_at > 2 * _USUAL]
+        if not since and now - caught_up > _LONG:  # something waits that nobody is given
+            since = [caught_up]
+    else:  # what a dead process had in hand waits, unless another one has been through with everything since
+        since += [each.oldest_at for each in processes if each.oldest_at is not None and each.seen_at > caught_up]
+        since = since or [caught_up]
+    return float((now - min([*since, now])).total_seconds())

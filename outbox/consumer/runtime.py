@@ -114,11 +114,11 @@ class Runtime:
         batch = service.batch or settings.consumer_batch
         # What one worker takes no other has: of a small prefetch each gets its share.
         share = max(1, settings.consumer_prefetch // workers)
+        self._upkeep = Upkeep(service, engine, self._topology, retention_seconds=settings.inbox_retention_seconds)
         replayers = min(workers, operating.REPLAYERS)
         attempts = [self._attempts(number, policy) for number in range(2 * workers + replayers)]
         own, replaying, spares = attempts[:workers], attempts[workers:-workers], attempts[-workers:]
         self._pool = Pool(own, self._waiting, batch=min(batch, share), wake=self._wake, spares=spares)
-        self._upkeep = Upkeep(service, engine, retention_seconds=settings.inbox_retention_seconds)
         self._redriver = Redriver(replaying, turnstile, self._stopping, batch=batch, process=self._upkeep.id)
         self._bindings = Bindings(service, self._topology, settings)
         self._backgrounds = [background.Worker(service.name, each, engine) for each in service.backgrounds]
@@ -128,7 +128,8 @@ class Runtime:
         return 0.0 if handler is None else handler.calls.expected_seconds()
 
     def _attempts(self, number: int, policy: Policy) -> Attempts:
-        return Attempts(Deliveries(self._service, self._engine, number), policy, self._pause, self._rng, self._turnstile)
+        deliveries = Deliveries(self._service, self._engine, number, clock=self._upkeep.clock)
+        return Attempts(deliveries, policy, self._pause, self._rng, self._turnstile)
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -186,6 +187,7 @@ class Runtime:
         def ask() -> None:
             try:
                 operating.check(self._service, self._engine, migrate_first=self._url.startswith("embedded:"))
+                self._upkeep.prepare()
                 self._choose_prefetch()
             except BaseException as error:  # noqa: BLE001 - raised again by who waits for the answer
                 answer.set_exception(error)

@@ -9,7 +9,7 @@ import threading
 import urllib.request
 from collections import defaultdict
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -673,6 +673,31 @@ def test_the_lag_is_the_age_of_what_is_in_hand_and_grows_while_nobody_runs(
     assert stopped is not None
     assert not service.status().running
     eventually(lambda: (service.status().lag_seconds or 0) > stopped, what="the lag of a service that does not run to grow")
+
+
+@pytest.mark.postgres
+def test_the_lag_does_not_fall_when_the_broker_goes_away(
+    broker_url: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rabbit = Place(broker_url, postgres_url)
+    monkeypatch.setattr(heartbeat, "SEEN_SECONDS", 0.1)
+    go_on = threading.Event()
+    recorder = Recorder(before=lambda _message, _session: go_on.wait(20))
+    port = urlsplit(rabbit.broker_url).port
+    assert port is not None
+    long_ago = datetime.now(UTC) - timedelta(hours=1)
+    with Proxy(port) as proxy:
+        settings = settings_for(through(proxy, rabbit.broker_url), rabbit.database_url)
+        with running(recorder.service, settings) as service:
+            rabbit.desk.publish(*(message(number, created_at=long_ago) for number in range(3)))
+            eventually(lambda: (service.status().lag_seconds or 0) > 3600, what="the lag of old messages to be seen")
+            proxy.refuse()
+            proxy.reset()
+            go_on.set()
+            eventually(lambda: not any(each["connected"] for each in service.status().processes), what="the loss to be seen")
+            assert (service.status().lag_seconds or 0) > 3600
+            proxy.restore()
+            eventually(lambda: service.status().lag_seconds == 0.0, 20, "the lag to be gone")
 
 
 def test_topology_is_shown_made_and_checked_without_running_the_service(place: Place) -> None:

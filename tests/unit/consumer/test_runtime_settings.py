@@ -92,11 +92,11 @@ def test_the_retention_is_how_long_ids_are_remembered(tmp_path: Path) -> None:
             tables.inbox.insert(),
             [
                 {"service": "exports", "source": "/s", "message_id": f"{minutes} minutes", "taken_at": ago(minutes)}
-                for minutes in (90, 180)
+                for minutes in (0, 90, 180)  # by the first the service was at work until now
             ],
         )
     process.start()
-    eventually(lambda: [row.message_id for row in rows(process.engine, tables.inbox)] == ["90 minutes"])
+    eventually(lambda: [row.message_id for row in rows(process.engine, tables.inbox)] == ["0 minutes", "90 minutes"])
     process.stop()
     process.engine.dispose()
 
