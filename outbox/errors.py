@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-#: What `pip install` takes; the package that it brings is `outbox`.
-DISTRIBUTION = "outbox"
+#: What `pip install` takes; the package that it brings is `outbox`. (A distribution called outbox is another project.)
+DISTRIBUTION = "flask-outbox"
 #: The extra that brings a module.
 _EXTRAS = {
     "pika": "rabbitmq",

@@ -30,16 +30,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 
 def test_the_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
-    assert {name.partition("/")[0] for name in names} == {"outbox", "outbox-0.1.0.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {"outbox", "flask_outbox-0.1.0.dist-info"}
     shipped = {name for name in names if name.endswith(".py")}
     assert shipped == {str(module.path.relative_to(ROOT)) for module in modules("outbox")}
     assert "outbox/py.typed" in names
 
 
 def test_the_wheel_installs_one_script_and_needs_four_libraries(wheel: zipfile.ZipFile) -> None:
-    scripts = wheel.read("outbox-0.1.0.dist-info/entry_points.txt").decode()
+    scripts = wheel.read("flask_outbox-0.1.0.dist-info/entry_points.txt").decode()
     assert [line for line in scripts.splitlines() if "=" in line] == ["outbox = outbox.cli:main"]
-    metadata = Parser().parsestr(wheel.read("outbox-0.1.0.dist-info/METADATA").decode())
+    metadata = Parser().parsestr(wheel.read("flask_outbox-0.1.0.dist-info/METADATA").decode())
     needed = metadata.get_all("Requires-Dist") or []
     assert sorted(each.split(">")[0] for each in needed if "extra ==" not in each) == [
         "alembic",

@@ -67,7 +67,7 @@ def test_who_asks_for_it_gets_the_traceback(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_module_of_an_extra_that_is_missing_is_named_with_what_to_type() -> None:
     result = _run(ModuleNotFoundError("No module named 'kombu.pools'", name="kombu.pools"))
-    assert (result.exit_code, result.stderr) == (1, "Error: kombu is not installed: pip install 'outbox[rabbitmq]'\n")
+    assert (result.exit_code, result.stderr) == (1, "Error: kombu is not installed: pip install 'flask-outbox[rabbitmq]'\n")
 
 
 @pytest.mark.parametrize("error", [click.UsageError("wrong"), click.exceptions.Exit(3), click.Abort()])
@@ -101,9 +101,9 @@ main()
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["relay", "--once"], "BROKER_URL names RabbitMQ, and pika is not installed: pip install 'outbox[rabbitmq]'"),
+        (["relay", "--once"], "BROKER_URL names RabbitMQ, and pika is not installed: pip install 'flask-outbox[rabbitmq]'"),
         (["doctor"], "FAIL     broker                BROKER_URL names RabbitMQ, and pika is not installed"),
-        (["topology", "apply"], "pip install 'outbox[rabbitmq]'"),
+        (["topology", "apply"], "pip install 'flask-outbox[rabbitmq]'"),
     ],
 )
 def test_without_an_extra_commands_say_which_and_doctor_goes_on(arguments: list[str], said: str, tmp_path: Path) -> None:

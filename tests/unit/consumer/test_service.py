@@ -137,7 +137,7 @@ def test_without_kombu_running_says_what_to_install() -> None:
         "except outbox.errors.ConfigurationError as error:\n    print(error, end='')"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.endswith("pip install 'outbox[rabbitmq]'")
+    assert found.stdout.endswith("pip install 'flask-outbox[rabbitmq]'")
 
 
 # --- calling -----------------------------------------------------------------------------------------------------------

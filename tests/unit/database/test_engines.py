@@ -151,8 +151,8 @@ def test_parameters_are_in_no_error(sqlite_url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "fix"),
     [
-        ("mysql+mysqldb://u:hunter2@host/db", "pip install 'outbox[mysql]'"),
-        ("postgresql+psycopg://u:hunter2@host/db", "pip install 'outbox[postgres]'"),
+        ("mysql+mysqldb://u:hunter2@host/db", "pip install 'flask-outbox[mysql]'"),
+        ("postgresql+psycopg://u:hunter2@host/db", "pip install 'flask-outbox[postgres]'"),
     ],
 )
 def test_a_driver_that_is_not_installed_is_named_with_what_to_install(

@@ -65,7 +65,7 @@ def test_metrics_are_in_the_exposition_format() -> None:
 def test_without_prometheus_client_metrics_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_prometheus", None)
     with _serving() as port:
-        assert _get(port, "/metrics")[::2] == (501, b"pip install 'outbox[metrics]'\n")
+        assert _get(port, "/metrics")[::2] == (501, b"pip install 'flask-outbox[metrics]'\n")
 
 
 def test_any_other_path_lists_the_three() -> None:
