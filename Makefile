@@ -5,7 +5,6 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON := .venv/bin/python
 STAMP  := .venv/.in-step-with-pyproject
-EXTRAS := rabbitmq,postgres,metrics,otel
 UV     := $(shell command -v uv 2>/dev/null)
 # Two processes, each with servers of its own: much of a test's time is waiting, and more would mostly boot servers.
 WORKERS := --numprocesses 2 --dist worksteal
@@ -25,12 +24,12 @@ $(STAMP): pyproject.toml
 	@echo "setting up .venv (once, and whenever pyproject.toml changes)"
 ifneq ($(UV),)
 	@$(UV) venv --quiet --seed --allow-existing --python '>=3.11' .venv
-	@$(UV) pip install --quiet --python $(PYTHON) --editable '.[$(EXTRAS)]' --group dev
+	@$(UV) pip install --quiet --python $(PYTHON) --editable . --group dev
 else
 	@test -n "$(BASE)" || { echo "no Python 3.11 or newer on the PATH: install one, or uv (https://docs.astral.sh/uv/)" >&2; exit 1; }
 	@test -x .venv/bin/pip || $(BASE) -m venv .venv || $(VENV_PACKAGE)
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' --group dev
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable . --group dev
 endif
 	@touch $@
 

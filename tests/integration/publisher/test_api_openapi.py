@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import json
 import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from werkzeug.wrappers import Response
 
 from publisher.api import openapi
 from tests.integration.publisher.conftest import CONTRACT, EVENT, Api
 from tests.integration.publisher.contract import Contract
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def test_the_document_describes_every_route_and_no_other(sqlite_api: Api) -> None:
@@ -58,6 +67,36 @@ def test_every_reference_in_the_document_leads_somewhere() -> None:
         assert key in document["components"][section], name
 
 
+def test_every_schema_in_the_document_is_one() -> None:
+    for schema in _schemas(openapi.document("0")):
+        Draft202012Validator.check_schema(schema)
+
+
+def _schemas(node: Any) -> Iterator[Any]:
+    """Everything that the document calls a schema, alone or by name."""
+    if isinstance(node, dict):
+        yield from (node["schema"],) if "schema" in node else ()
+        yield from node.get("schemas", {}).values()
+    for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _schemas(inner)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"starts_at": "yesterday"}, "is not a 'date-time'"),
+        ({"name": 1}, "is not of type 'string'"),
+        ({"surprise": 1}, "Additional properties are not allowed"),
+    ],
+)
+def test_an_answer_that_breaks_the_contract_is_noticed(sqlite_api: Api, change: dict[str, Any], problem: str) -> None:
+    event = sqlite_api.make("/v1/events", **EVENT)
+    answer = Response(json.dumps(event | change), content_type="application/json")
+
+    with pytest.raises(AssertionError, match=problem):
+        CONTRACT.check("GET", f"/v1/events/{event['id']}", None, answer)
+
+
 def test_the_page_shows_every_operation_and_fetches_nothing_from_elsewhere(sqlite_api: Api) -> None:
     answer = sqlite_api.request("GET", "/docs")
     page = answer.get_data(as_text=True)
@@ -67,7 +106,8 @@ def test_the_page_shows_every_operation_and_fetches_nothing_from_elsewhere(sqlit
     assert not re.findall(r"<script|<img|style=|\son\w+=", page)
     assert re.findall(r'(?:href|src)="(?!#|/)([^"]*)"', page) == []
     assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'; style-src 'self'")
-    assert sqlite_api.app.test_client().get("/docs/static/docs.css").status_code == 200
+    with sqlite_api.app.test_client().get("/docs/static/docs.css") as style:  # an open file until it is closed
+        assert style.status_code == 200
 
 
 def test_the_examples_on_the_page_work(sqlite_api: Api) -> None:
