@@ -153,6 +153,7 @@ def the_culprit_alone_is_parked(stage: Stage, *, with_nothing_kept: bool = True)
     return parked
 
 
+@pytest.mark.filterwarnings("ignore:transaction already deassociated")  # what SQLAlchemy says of one of these mistakes
 @pytest.mark.parametrize("way", [*WAYS, *OF_POSTGRES])
 def test_who_ends_the_transaction_is_parked_and_everybody_else_applied_once(stage: Stage, way: str) -> None:
     if way in OF_POSTGRES and stage.engine.dialect.name != "postgresql":

@@ -132,8 +132,8 @@ def test_a_stop_is_obeyed_while_the_database_accepts_and_says_nothing(tmp_path: 
         url = f"postgresql+psycopg://nobody@127.0.0.1:{silent.getsockname()[1]}/none"
         settings = settings_for(f"embedded:///{tmp_path}/broker.db", url)
         service = Running(Recorder().service, settings, migrate=False).start(ready=False)
-        silent.accept()
-        assert service.stop() == 0
+        with silent.accept()[0]:
+            assert service.stop() == 0
 
 
 def test_a_queue_deleted_under_a_service_is_named_as_the_reason(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:

@@ -148,7 +148,8 @@ def test_a_client_that_sends_a_byte_now_and_then_has_one_deadline_for_all_of_the
                 return True
             return False
 
-        eventually(send_a_byte, what="the connection to be closed", interval=0.1)
+        with client:
+            eventually(send_a_byte, what="the connection to be closed", interval=0.1)
 
 
 def test_after_a_failed_accept_there_is_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +162,8 @@ def test_after_a_failed_accept_there_is_a_pause(monkeypatch: pytest.MonkeyPatch)
     with _serving() as port:
         monkeypatch.setattr("socketserver.TCPServer.get_request", fail)
         (client,) = _connected(port, 1)  # it stands in the queue: the listener is readable all the time
-        eventually(lambda: len(attempts) >= 3, what="three attempts")
+        with client:
+            eventually(lambda: len(attempts) >= 3, what="three attempts")
         assert len(attempts) < 20  # it would be thousands
         monkeypatch.undo()
         assert _get(port, "/livez")[0] == 200
