@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 import threading
@@ -58,6 +59,8 @@ class Session:
         self._buffer = b""
         self._lock = threading.Lock()
         self._over = False
+        #: Set while everything that was read has been dealt with.
+        self._idle = threading.Event()
         #: What was published, in order; the n-th has delivery tag n.
         self.publishes: list[Publish] = []
         #: The types of the methods the client sent.
@@ -130,6 +133,14 @@ class Session:
         eventually(lambda: len(self.publishes) >= count, what=f"{count} publishes", interval=0.002)
         return self.publishes
 
+    def read_everything(self) -> None:
+        """Return when nothing that the client wrote so far is unread."""
+
+        def nothing_left() -> bool:  # in this order: what is no longer readable ended the idleness before it was taken
+            return not select.select([self._socket], [], [], 0)[0] and self._idle.is_set()
+
+        eventually(nothing_left, what="the server to read everything", interval=0.002)
+
     # --- the server's side of the protocol --------------------------------------------------------------------------------
 
     def serve(self) -> None:
@@ -181,6 +192,10 @@ class Session:
             if received is not None:
                 self._buffer = self._buffer[used:]
                 return received
+            if self._server.tls is None:
+                self._idle.set()
+                select.select([self._socket], [], [])
+                self._idle.clear()
             more = self._socket.recv(65536)
             if not more:
                 break
@@ -283,6 +298,11 @@ class ScriptedAmqp:
             session.reset()
         for thread in self._threads:
             thread.join(5)
+
+    @property
+    def connections(self) -> int:
+        """How many connections were taken so far."""
+        return len(self._sessions)
 
     def session(self, number: int, timeout: float = 5.0) -> Session:
         """Return the *number*-th connection, counted from 1, when it is there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, TypeVar
@@ -33,3 +34,20 @@ def eventually(predicate: Callable[[], T], timeout: float = 10.0, what: str = "t
             last = f"it said: {refusal}" if refusal is not None else f"last answer: {answer!r}"
             raise AssertionError(f"waited {timeout:g} s for {what}; {last}") from refusal
         pause.wait(interval)
+
+
+def stands_still(thread: threading.Thread, inside: str, timeout: float = 10.0) -> None:
+    """Return when *thread* waits, in a function called *inside*, for somebody to wake it.
+
+    What it has not done by then it does not do by itself: the witness of "and nothing happens", on a machine of any speed.
+    """
+    eventually(lambda: _waits(thread, inside), timeout, f"{thread.name} to wait in {inside}", interval=0.002)
+
+
+def _waits(thread: threading.Thread, inside: str) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    names = []
+    while frame is not None:
+        names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return names[:1] == ["wait"] and inside in names[1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,11 @@ from outbox.relay.broker import Outcome, Outgoing
 from outbox.relay.rabbitmq import RabbitBroker
 from tests.kit.builders import message
 from tests.kit.outgoing import answered, batch, connected
+from tests.kit.proxy import TO_SERVER, Proxy
 from tests.kit.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pika.adapters.blocking_connection import BlockingChannel
 
@@ -97,6 +97,11 @@ class Sender:
             outgoing = self.flying.pop(answer.token)
             self.outcomes.add(answer.outcome)
             (self.confirmed if answer.outcome is Outcome.CONFIRMED else self.waiting).append(outgoing)
+
+    def hand_over(self, messages: Sequence[Outgoing]) -> None:
+        """Send *messages* too; return when they are on their way."""
+        self.waiting += messages
+        self.until(lambda: not self.waiting)
 
     def until(self, done: Callable[[], bool], timeout: float = 60.0) -> None:
         deadline = time.monotonic() + timeout
@@ -196,26 +201,25 @@ def test_a_broker_killed_with_an_open_window_loses_nothing_and_is_found_again(
     assert set(ids_of(messages)) <= set(everything_in_the_queue(server.url, 4000))
 
 
+def _through(proxy: Proxy, url: str) -> str:
+    return urlsplit(url)._replace(netloc=f"guest:guest@127.0.0.1:{proxy.port}").geturl()
+
+
 def test_connections_closed_by_the_broker_while_publishing_lose_nothing(private_rabbit: Callable[[], RabbitServer]) -> None:
     server = private_rabbit()
     with channel_on(server.url) as channel:
         set_up(channel)
-    with relay_on(server.url) as broker:
-        sender = Sender(broker, [])
-        sent: list[Outgoing] = []
-
-        def interrupted() -> bool:
-            if len(sender.waiting) < 500:
-                sender.waiting += batch(500, first=len(sent))
-                sent.extend(sender.waiting[-500:])
-            return Outcome.LOST in sender.outcomes
-
-        closing = threading.Thread(target=server.close_all_connections)
-        closing.start()
-        sender.until(interrupted)
+    messages = batch(1500)
+    with Proxy(server.port) as proxy, relay_on(_through(proxy, server.url)) as broker:
+        sender = Sender(broker, messages[:500])
         sender.finish()
-        closing.join()
-    assert set(ids_of(sent)) <= set(everything_in_the_queue(server.url, len(sent)))
+        proxy.stall(TO_SERVER)  # what is on its way is without an answer when the broker closes, however fast it is
+        sender.hand_over(messages[500:])
+        server.close_all_connections()
+        sender.until(lambda: Outcome.LOST in sender.outcomes)
+        proxy.restore()
+        sender.finish()
+    assert set(ids_of(messages)) <= set(everything_in_the_queue(server.url, len(messages)))
 
 
 def test_a_memory_alarm_loses_the_window_after_the_deadline_and_publishing_resumes_when_it_is_over(

@@ -25,7 +25,7 @@ from outbox.consumer.transaction import Conflict, Transient
 from outbox.message import cloud_event
 from outbox.process.backoff import Backoff
 from tests.kit.consuming import TOPIC, message
-from tests.kit.waiting import eventually
+from tests.kit.waiting import eventually, stands_still
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -274,8 +274,7 @@ def test_what_met_a_conflict_is_repeated_when_nobody_else_is_at_work() -> None:
     thread = threading.Thread(target=lambda: bench.settle(arrivals(1, 2)), daemon=True)
     with bench.turnstile.shared():
         thread.start()
-        eventually(lambda: bench.script.batches)
-        thread.join(0.05)
+        stands_still(thread, "alone")
         assert bench.script.batches == [[1, 2]]
     thread.join(5)
     assert bench.script.batches == [[1, 2]] * 2
@@ -295,7 +294,8 @@ def test_when_conflicts_recur_work_is_done_one_after_the_other_for_a_while() -> 
     with turnstile.side_by_side():
         thread = threading.Thread(target=second, daemon=True)
         thread.start()
-        assert not second_in.wait(0.05)
+        stands_still(thread, "second")
+        assert not second_in.is_set()
     assert second_in.wait(5)
 
 
@@ -432,7 +432,7 @@ def test_a_pause_holds_everybody_and_a_later_one_does_not_shorten_it() -> None:
 
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    assert not passed.wait(0.05)
+    stands_still(thread, "wait")
     stopping.set()
     thread.join(5)
     assert not passed.is_set()
@@ -482,12 +482,12 @@ def test_who_asks_to_be_alone_waits_for_those_inside_and_keeps_others_out() -> N
     with turnstile.shared(), turnstile.shared():
         first = threading.Thread(target=alone, daemon=True)
         first.start()
-        assert not inside.wait(0.05)
+        stands_still(first, "alone")
+        assert not inside.is_set()
     assert inside.wait(5)
     second = threading.Thread(target=beside, daemon=True)
     second.start()
-    second.join(0.05)
-    assert second.is_alive()
+    stands_still(second, "shared")
     leave.set()
     second.join(5)
     first.join(5)
@@ -503,6 +503,11 @@ def test_the_turnstile_turns_again_after_an_error_inside() -> None:
 
 def entered(guard: Any) -> threading.Event:
     """Enter *guard* in a thread of its own, for ever; return the event of being inside."""
+    return entering(guard)[1]
+
+
+def entering(guard: Any) -> tuple[threading.Thread, threading.Event]:
+    """Enter *guard* in a thread of its own, for ever; return that, and the event of being inside."""
     inside = threading.Event()
 
     def stay() -> None:
@@ -510,8 +515,9 @@ def entered(guard: Any) -> threading.Event:
             inside.set()
             threading.Event().wait(20)
 
-    threading.Thread(target=stay, daemon=True).start()
-    return inside
+    thread = threading.Thread(target=stay, daemon=True)
+    thread.start()
+    return thread, inside
 
 
 def test_nobody_waits_for_long_for_work_that_hangs_whoever_it_is() -> None:
@@ -528,4 +534,6 @@ def test_who_has_hung_for_long_is_not_waited_for_again() -> None:
     assert entered(turnstile.shared()).wait(10)
     now[0] += 3601.0
     with turnstile.alone():
-        assert not entered(turnstile.shared()).wait(0.05)
+        thread, inside = entering(turnstile.shared())
+        stands_still(thread, "shared")
+        assert not inside.is_set()
