@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _SCRIPT = """
 import os, sys
-from outbox import Outbox, failpoints
+from outbox import Outbox
+from outbox.process import failpoints
 from outbox.database import create_engine
 from sqlalchemy.orm import Session
 from blinker import Signal
