@@ -142,7 +142,7 @@ class Seal:
         if self._gate is not None and self._gate.refused:
             return ended(self._gate.refused)
         refused = any(tables.ONLY_THE_RUNTIME_COMMITS in str(cause) for cause in causes(error))
-        return ended("called COMMIT") if refused else None
+        return ended("called COMMIT, or SET CONSTRAINTS ALL (name your own constraints)") if refused else None
 
     @property
     def is_whole(self) -> bool:

@@ -215,6 +215,13 @@ def test_a_handler_may_check_its_own_deferred_constraints(stage: Stage) -> None:
     stage.recorder.before = lambda _message, session: session.execute(sa.text("SET CONSTRAINTS own_one IMMEDIATE"))
     settle(stage, 1, 2)
     assert [effect.number for effect in stage.seen] == [1, 2]
+    stage.recorder.before = by_all_constraints
+    settle(stage, 3)
+    assert "SET CONSTRAINTS ALL (name your own constraints)" in stage.parked[0].error
+
+
+def by_all_constraints(_message: Any, session: Session) -> None:
+    session.execute(sa.text("SET CONSTRAINTS ALL IMMEDIATE"))
 
 
 def test_a_session_that_is_used_after_the_handler_returned_says_so(stage: Stage) -> None:
