@@ -110,6 +110,11 @@ class Stage:
             self.turn()
         raise AssertionError(f"{_ENOUGH} turns were not enough for {what}; rows: {self.rows()[:5]}")
 
+    def record(self) -> None:
+        """Turn the relay until what it sent is answered and recorded: rows wait from then on."""
+        pump = self.relay.pump
+        self.until(lambda: not pump.lanes.flying and not len(pump.answers), "all answers to be recorded")
+
     def run_dry(self) -> None:
         """Turn the relay until nothing is left in the tables."""
         self.until(lambda: not self.rows(), "an empty outbox")
