@@ -19,8 +19,9 @@ class Unexpected(Exception):
 #: How many messages of a topic may be unanswered before its first answers have come. RabbitMQ stops reading from a whole
 #: connection a few hundred messages after 32 commands to one quorum queue were left unanswered (`quorum_commands_soft_limit`).
 ROOM = 24
-#: How far that room grows while answers come quickly and more of the topic waits.
-_MOST_ROOM = 128
+#: How far that room grows while answers come quickly and more of the topic waits. The broker reads at least 200 messages
+#: more once those 32 are unanswered: beside others the topic leaves half of them to those, alone a few, for whoever comes.
+_MOST_ROOM, _MOST_ROOM_ALONE = 128, 224
 #: An answer that took longer shows a queue that must not be given more at once.
 _QUICK_SECONDS = 1.0
 #: Of about how many answers the usual time is the mean.
@@ -89,8 +90,12 @@ class Confirms:
         known = self._topics.get(topic)
         if known is None:
             return True
-        known.full = len(known.flights) >= known.room
+        known.full = len(known.flights) >= min(known.room, self._most_room)
         return not known.full
+
+    @property
+    def _most_room(self) -> int:
+        return _MOST_ROOM_ALONE if len(self._topics) == 1 and not self._given_up else _MOST_ROOM
 
     def sent(self, flight: Flight) -> None:
         """Say that *flight* is the next message written on the channel. Its id must not be in flight."""
@@ -188,7 +193,7 @@ class Confirms:
         if now - flight.sent_at > _QUICK_SECONDS:
             known.room = ROOM
         elif known.full:
-            known.room = min(known.room + 1, _MOST_ROOM)
+            known.room = min(known.room + 1, self._most_room)
         if not known.flights and not known.full:
             del self._topics[flight.topic]
         return flight

@@ -177,7 +177,32 @@ def test_a_topic_gets_more_room_from_its_quick_answers_alone() -> None:
         last += fill(confirms, "x", last + 1)
         rooms.append(len(confirms))
         confirms.acked(last, multiple=True, now=0.01)
+    assert rooms == [24, 48, 96, 192, 224, 224]
+
+
+def test_a_topic_that_is_not_alone_leaves_others_what_the_broker_still_reads_when_it_falls_silent() -> None:
+    confirms, last, rooms = Confirms(), 0, []
+    for number in range(6):
+        confirms.sent(Flight(-number, f"other-{number}", "y", size=1, sent_at=0.0))
+        last += 1
+        written = fill(confirms, "x", last + 1)
+        rooms.append(written)
+        confirms.acked(last + written, multiple=True, now=0.01)
+        last += written
     assert rooms == [24, 48, 96, 128, 128, 128]
+
+
+def test_what_a_topic_had_for_itself_it_has_no_more_when_another_one_comes() -> None:
+    confirms, last = Confirms(), 0
+    for _ in range(5):
+        last += fill(confirms, "x", last + 1)
+        confirms.acked(last, multiple=True, now=0.01)
+    last += fill(confirms, "x", last + 1)
+    confirms.sent(Flight(0, "other", "y", size=1, sent_at=0.0))
+    confirms.acked(last - 150, multiple=True, now=0.01)
+    assert fill(confirms, "x", last + 1) == 0
+    confirms.acked(last - 100, multiple=True, now=0.01)
+    assert fill(confirms, "x", last + 1) == 28
 
 
 def test_a_topic_without_answers_and_one_with_slow_ones_get_no_more_than_a_queue_bears() -> None:
