@@ -11,7 +11,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from outbox.message import Message
 
@@ -58,12 +58,19 @@ class Cause(Enum):
         return self in (Cause.CLOSED, Cause.MESSAGE)
 
 
+def _always() -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Outgoing:
     """A message on its way; `token`, a number of this process, comes back with the answer."""
 
     token: int
     message: Message
+    #: Asked when its first byte is about to be written, from any thread: what was handed over may have waited, or the whole
+    #: process, until somebody else had the message to send. Then it is NOT_SENT.
+    may_go: Callable[[], bool] = _always
 
 
 @dataclass(frozen=True, slots=True)

@@ -405,7 +405,7 @@ class Pump:
         message = content.found.get(row.message_row)
         item = Item(row, None, _ENVELOPE_BYTES, self._shards.epochs.get(row.shard, 0), content.ids.get(row.message_row))
         if isinstance(message, Message):
-            item.outgoing = Outgoing(item.token, message)
+            item.outgoing = Outgoing(item.token, message, self._shards.lease.may_write)
             item.size += len(message.body)
         else:
             item.problem = str(message) if message is not None else f"its row {row.message_row} of outbox_message is gone"

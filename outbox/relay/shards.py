@@ -6,6 +6,7 @@ connection poolers, and they free the shards of a relay that hangs.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,33 @@ def boottime() -> float:
     return time.monotonic()
 
 
+class Lease:
+    """One time that a relay has the shards: from their take, through all renewals, to their loss. For any thread."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._ends_at = -math.inf
+        #: What is written so long before the end can be with the broker by then, and clocks need not run alike.
+        self._margin = max(seconds / 10, min(1.0, seconds / 3))
+
+    def extend(self, asked_at: float) -> None:
+        """It was taken, or renewed, by a statement that was sent at *asked_at*."""
+        self._ends_at = asked_at + self._seconds
+
+    def end(self) -> None:
+        """The shards are lost, or given back: whatever comes, this lease is over."""
+        self._ends_at = -math.inf
+
+    def valid(self) -> bool:
+        """Say whether it has not run out."""
+        return self._clock() < self._ends_at
+
+    def may_write(self) -> bool:
+        """Say whether what is written to the broker now is written in time."""
+        return self._clock() < self._ends_at - self._margin
+
+
 class Shards:
     """The shards of relay *relay_id*: taken, renewed, given back, lost."""
 
@@ -36,8 +64,9 @@ class Shards:
         self._relay_id = relay_id
         self._lease_seconds = lease_seconds
         self._clock = clock
-        self._ends_at = 0.0
         self._look_at = 0.0
+        #: The present lease, or the last one.
+        self.lease = Lease(lease_seconds, clock)
         #: Shard → epoch; empty while another relay has them.
         self.epochs: dict[int, int] = {}
         #: Who has the shards while we don't.
@@ -52,7 +81,7 @@ class Shards:
 
     def valid(self) -> bool:
         """Say whether it may publish: the lease, counted from before its renewal was sent, has not run out."""
-        return self.owned and self._clock() < self._ends_at
+        return self.owned and self.lease.valid()
 
     def keep_in(self) -> float:
         """Return in how many seconds `keep` has something to do."""
@@ -81,6 +110,7 @@ class Shards:
             self._look_at = asked_at + min(1.0, found.remaining_seconds + 0.01)
             return False
         self.holder, self.epochs = None, found
+        self.lease = Lease(self._lease_seconds, self._clock)
         self._extend(asked_at)
         return True
 
@@ -90,17 +120,19 @@ class Shards:
         if mine:
             self._extend(asked_at)
             return False
+        self.lease.end()
         self.epochs = {}
         self._look_at = 0.0
         return True
 
     def _extend(self, asked_at: float) -> None:
-        self._ends_at = asked_at + self._lease_seconds
+        self.lease.extend(asked_at)
         self._look_at = asked_at + self._lease_seconds * _RENEW_AFTER
 
     def release(self) -> None:
         """Give the shards back."""
         if self.owned:
             with self._engine.begin() as connection:
+                self.lease.end()
                 leases.release(connection, self._relay_id)
             self.epochs = {}

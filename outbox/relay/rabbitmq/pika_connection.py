@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from typing import TYPE_CHECKING, Any
 
 import pika
@@ -53,6 +54,11 @@ class Connection(pika.SelectConnection):  # type: ignore[misc]
         """End the TCP connection without the closing handshake."""
         if not self.is_closed:
             self._terminate_stream(pika.exceptions.StreamLostError(reason))
+
+    def forget_unsent(self) -> None:
+        """Let the end of the connection be a reset: what the kernel has not sent until then is never sent."""
+        if self._transport is not None:
+            self._transport._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def _terminate_stream(self, error: Exception | None) -> None:
         self._doomed = True

@@ -7,7 +7,9 @@ What a link writes:
 * then whatever it is given, in order, up to `_MAX_BYTES_IN_FLIGHT`: pika buffers without limit what the socket
   does not take; and of one topic only what its answers make room for, because RabbitMQ stops reading from a connection that
   has a few hundred messages for a queue that confirms nothing;
-* nothing while the broker says `connection.blocked`.
+* nothing while the broker says `connection.blocked`, and no message that another relay may have by now (`Outgoing.may_go`):
+  it may have waited here, or the whole process. A connection on which such a one is unanswered is reset, because its bytes
+  may still be in a buffer of this machine.
 
 A topic that is silent while others are answered is given up (`Outcome.SILENT`), and the connection goes on without it.
 """
@@ -32,7 +34,7 @@ from outbox.relay.rabbitmq.frames import FrameTooLarge, PublishEncoder
 from outbox.relay.rabbitmq.pika_connection import CHANNEL, Connection
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from outbox.amqp_url import AmqpUrl
     from outbox.relay.broker import Outgoing
@@ -119,6 +121,8 @@ class Link:
         self._silent: set[str] = set()
         self._end: Ending | None = None
         self._write_scheduled = False
+        #: Whether what was written last may still be on its way.
+        self._in_time: Callable[[], bool] = lambda: True
         #: When the last confirm came, or the first of the messages now unanswered: what silence is counted from.
         self._heard_at = 0.0
         #: The broker let us in.
@@ -262,6 +266,7 @@ class Link:
             outgoing, message_id = waiting
             frames = self._encoded(outgoing, message_id)
             if frames is not None:
+                self._in_time = outgoing.may_go
                 self._confirms.sent(Flight(outgoing.token, message_id, outgoing.message.topic, len(frames), now))
                 portion.append(frames)
                 size += len(frames)
@@ -286,6 +291,9 @@ class Link:
         return self._turns.next(may_topic, lambda waiting: not self._confirms.holds(waiting.message_id))
 
     def _encoded(self, outgoing: Outgoing, message_id: str) -> bytes | None:
+        if not outgoing.may_go():
+            self._owner.answered([Answer(outgoing.token, Outcome.NOT_SENT, "its lease ended before it could be written")])
+            return None
         try:
             return self._encoder.encode(outgoing.message, message_id)
         except FrameTooLarge as error:
@@ -334,6 +342,9 @@ class Link:
         if silence >= deadline:
             cause, what = (Cause.BLOCKED, "it takes no messages") if self.blocked else (Cause.SILENCE, "no confirm came")
             self._drop(f"{what} for {deadline:g} s", cause)
+        elif self._confirms and not self._in_time():
+            self._connection.forget_unsent()
+            self._drop("the lease ended while messages were unanswered", Cause.OURS)
         elif not self.blocked and self._confirms:
             self._leave_silent_topics(now, silence)
             self._write()

@@ -111,6 +111,31 @@ def test_a_relay_that_was_stopped_too_long_may_not_publish_until_it_has_renewed(
     assert shards.epochs == epochs
 
 
+def test_what_a_paused_relay_had_handed_over_may_not_be_written_when_it_wakes(engine: Engine) -> None:
+    stage = Stage(engine, lambda _: None, lease_seconds=15.0)
+    stage.write(message(), message())
+    stage.until(lambda: stage.broker.flying)
+    outgoing = stage.relay.pump.lanes.flights()[0].outgoing
+    assert outgoing is not None
+    assert outgoing.may_go()
+    stage.clock.now += 13.4
+    assert outgoing.may_go()
+    stage.clock.now += 0.2  # a tenth of the lease before its end
+    assert not outgoing.may_go()
+    stage.turn()  # nobody took over: the lease is renewed, and goes on
+    assert outgoing.may_go()
+    stage.expire_leases()
+    assert Shards(engine, "next", 15.0).keep()
+    stage.clock.now += 5.1
+    stage.turn()  # it hears of it
+    assert not outgoing.may_go()
+    stage.expire_leases()
+    stage.clock.now += 5.1
+    stage.turn()
+    assert stage.relay.shards.valid()
+    assert not outgoing.may_go()  # what it did not hear of lies in between
+
+
 def test_when_a_lease_has_run_out_another_relay_takes_over_in_the_next_epoch_and_the_old_one_hears_of_it(
     engine: Engine,
 ) -> None:

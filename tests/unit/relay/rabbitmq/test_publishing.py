@@ -9,8 +9,10 @@ import socket
 import ssl
 import threading
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -217,6 +219,41 @@ def test_the_first_message_of_a_connection_goes_alone() -> None:
         session.wait_for(4)
         session.ack(4, multiple=True)
         answered(broker, 4)
+
+
+def test_what_waited_until_another_relay_may_have_it_is_not_written_any_more() -> None:
+    """As in a process that was paused between hand-over and writing: the others wait for the first one's confirm."""
+    lease = Event()
+    lease.set()
+    with ScriptedAmqp() as server, relay_on(server) as broker:
+        session = server.session(1)
+        broker.send([replace(outgoing, may_go=lease.is_set) for outgoing in batch(4)])
+        session.wait_for(1)
+        broker.send(batch(1, first=5))  # of the next time it has the shards
+        lease.clear()
+        session.ack(1)
+        assert outcomes(answered(broker, 4)) == {
+            1: Outcome.CONFIRMED,
+            2: Outcome.NOT_SENT,
+            3: Outcome.NOT_SENT,
+            4: Outcome.NOT_SENT,
+        }
+        session.ack(len(session.wait_for(2)))
+        assert outcomes(answered(broker, 1)) == {5: Outcome.CONFIRMED}
+
+
+def test_a_connection_whose_messages_are_unanswered_when_the_lease_ends_is_reset() -> None:
+    lease = Event()
+    lease.set()
+    with ScriptedAmqp() as server, relay_on(server, confirm_timeout_seconds=4.0) as broker:
+        session = server.session(1)
+        broker.send([replace(outgoing, may_go=lease.is_set) for outgoing in batch(1)])
+        session.wait_for(1)
+        lease.clear()
+        answer = answered(broker, 1, timeout=3.0)[1]
+        assert (answer.outcome, answer.cause) == (Outcome.LOST, Cause.OURS)
+        assert "the lease ended" in answer.detail
+        connected(broker)
 
 
 def test_a_second_message_of_one_id_waits_for_the_first_ones_answer() -> None:
