@@ -367,6 +367,8 @@ class Pump:
             began = self._clock()
             rows, end = relaying.read(connection, after=span.after, upto=span.upto, limit=room, exclude=exclude)
             ended = self._clock()
+            if end is not None and span.upto is None and len(rows) < room and not self._position.scouting:
+                self._position.scout_from(relaying.newest(connection) - relaying.SCANNED)  # most of it must wait
             self.lanes.read_returned(reading)
             chosen = self.lanes.choose(rows)
             if self._topics.troubled:
@@ -383,10 +385,11 @@ class Pump:
         if content.postponed:
             end = min(row.id for row in chosen if row.message_row in content.postponed) - 1
         left = self._position.returned(span, rows[-1].id if rows else None, end, began=began, ended=ended)
-        self.lanes.read_ended(reading, left)
+        if not span.scouts:
+            self.lanes.read_ended(reading, left)
         self._quiet = (self._quiet or span.begins) and not rows
         self.exhausted = self._quiet and span.sweeps_all and left is None and self.lanes.idle
-        self.reads_on = end is not None
+        self.reads_on = end is not None or self._position.scouting
         self._plan_next_read(now, len(rows))
         failpoints.reached("R1")
         return len(loaded)

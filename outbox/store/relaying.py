@@ -194,6 +194,11 @@ def read(
     return Page(rows, upto)
 
 
+def newest(connection: Connection) -> int:
+    """Return the highest id there is; 0 where there is none."""
+    return connection.scalar(sa.select(sa.func.max(pending.c.id))) or 0
+
+
 @cache
 def _messages(dialect: str) -> sa.Select[Any]:
     # The running size decides in the database how many bodies travel: 500 rows may be 2 MB or 2 GB.

@@ -8,6 +8,9 @@ is lost whatever the reads in between skip, and order never depends on it (see `
 No read is long. One that looks behind ends after so many rows (`drain.SCANNED`) or ids, and goes on from there when its turn
 comes again; between two of its pages the next read goes ahead. So all that waits is looked at again in a bounded number of
 reads, and a new message waits for one page at most.
+
+A relay that begins where much must wait has no such place to go on from until it has been through all of it. Until then every
+second read is a scout's, far ahead where the newest are: what it passes over is met again on the way.
 """
 
 from __future__ import annotations
@@ -53,6 +56,8 @@ class Span:
     #: It is a page of a round of reads from the start; its first.
     sweeps_all: bool = False
     begins: bool = False
+    #: It is far ahead: what it leaves out need not be remembered.
+    scouts: bool = False
 
 
 class Position:
@@ -69,6 +74,19 @@ class Position:
         self._ahead = False
         self._page_ids = math.inf
         self._slowest = 0.0
+        #: Up to where scouts have come; None where none are needed. And whether one is next.
+        self._scouted: int | None = None
+        self._scouts_next = False
+
+    @property
+    def scouting(self) -> bool:
+        """Whether every second read is far ahead."""
+        return self._scouted is not None
+
+    def scout_from(self, after: int) -> None:
+        """Let every second read be one above *after* until the others have come there."""
+        if after > self._cursor:
+            self._scouted, self._scouts_next = after, True
 
     def want_full(self) -> None:
         """Something below may have become free: read from the start as soon as its cost allows."""
@@ -81,6 +99,8 @@ class Position:
 
     def next(self, now: float, revisit: int | None) -> Span:
         """Return over which ids to read. *revisit*: the id after which rows were passed over that may be loaded now."""
+        if self._scouted is not None and self._scouts_next:
+            return Span(self._scouted, scouts=True)
         if self._ahead:
             return Span(self._cursor)
         sweep = self._from_start
@@ -102,13 +122,19 @@ class Position:
 
         Returns the id from which on rows are left that reads had passed before; None when there are none.
         """
+        reached = last if end is None else end
+        self._scouts_next = not span.scouts
+        if span.scouts:
+            self._scouted = reached or self._scouted
+            return None
         if span.sweeps_all:
             self._full_wanted = self._full_wanted and not span.begins
             self._adapt(span, end, ended - began)
-        reached = last if end is None else end
         if reached is not None and reached > self._cursor:
             self._cursor = reached
             self._passed.append((ended, reached))
+        if self._scouted is not None and (self._cursor >= self._scouted or (end is None and span.upto is None)):
+            self._scouted = None
         while self._passed and self._passed[0][0] <= ended - _FLOOR_SECONDS:
             self._floor = self._passed.popleft()[1]
         left = end if end is not None and end < self._cursor else None

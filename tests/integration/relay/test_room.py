@@ -64,6 +64,30 @@ def test_what_is_free_behind_more_rows_than_a_page_has_is_found(engine: Engine, 
     assert [each.topic for each in stage.delivered()] == ["last", "retry", "fresh"]
 
 
+def test_a_relay_that_begins_among_many_rows_that_must_wait_reads_the_newest_at_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = relaying.read
+    monkeypatch.setattr(relaying, "read", lambda *args, **options: read(*args, **options, scanned=10))
+    monkeypatch.setattr(relaying, "SCANNED", 10)
+    stage = Stage(engine)
+    with engine.begin() as connection:
+        write(connection, message("t", "k"), state=State.DEAD)
+        write(connection, *(message("t", "k") for _ in range(600)))
+        write(connection, message("lately"))
+    stage.until(lambda: stage.relay.shards.owned)
+    stage.turn(4)
+    assert [each.topic for each in stage.delivered()] == ["lately"]
+    for number in range(5):
+        stage.write(message("fresh"))
+        stage.turn(5)
+        assert len(stage.delivered()) == 2 + number
+    with engine.begin() as connection:  # the first one is given up, so the whole way is free
+        connection.execute(sa.update(tables.pending).where(tables.pending.c.state == State.DEAD).values(state=State.DISCARDED))
+    stage.until(lambda: len(stage.delivered()) == 606)
+    assert stage.sequences("k") == list(range(2, 602))
+
+
 @pytest.mark.parametrize("keys", [0, 6, 20, 60])
 def test_a_slow_topic_leaves_others_room_however_many_keys_it_has(engine: Engine, keys: int) -> None:
     """It is never confirmed here, and has far more than the relay can hold."""

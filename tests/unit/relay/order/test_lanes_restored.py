@@ -147,9 +147,9 @@ class RestoredModel(LanesModel):
         elif gone:
             self.lanes.abandon()
 
-    def finish_read(self) -> None:
+    def finish_read(self, far_ahead: bool = False) -> None:
         if self.read is not None:
-            super().finish_read()
+            super().finish_read(far_ahead)
 
 
 class SettledById(RestoredModel):

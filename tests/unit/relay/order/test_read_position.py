@@ -127,6 +127,26 @@ def test_reads_from_the_floor_reach_what_is_ahead_of_it_in_pages() -> None:
     assert [read(position, 2.01, end=3000), read(position, 2.01), read(position, 2.02, end=6000)] == [100, 10_000, 3000]
 
 
+def test_every_second_read_is_far_ahead_until_the_others_have_come_there() -> None:
+    position = Position()
+    read(position, 0.0, end=2000)
+    position.scout_from(7000)
+    starts = []
+    for n in range(5):
+        starts.append(read(position, 0.001, last=9000 if n == 0 else None))  # the scout finds something once
+        if position.scouting:
+            starts.append(read(position, 0.001, end=4000 + 2000 * n))
+    assert starts == [7000, 2000, 9000, 4000, 9000, 6000, 9000, 8000, 10_000]
+    assert not position.scouting
+
+
+def test_who_has_nearly_come_to_the_newest_sends_no_scout() -> None:
+    position = Position()
+    read(position, 0.0, end=2000)
+    position.scout_from(1500)
+    assert not position.scouting
+
+
 def test_where_dead_rows_make_pages_long_they_go_over_fewer_ids_and_over_more_again_later() -> None:
     position = Position()
     read(position, 0.0, last=1_000_000)
