@@ -95,3 +95,25 @@ def test_gunicorn_forks_an_application_that_was_loaded_before(box_office: Path, 
         with urllib.request.urlopen(urllib.request.Request(address, method="POST")) as answer:
             assert answer.status == 201
     assert keys(postgres_url) == ["event:7"] * 4
+
+
+# --- docs/services.md ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def venue(tmp_path: Path) -> Path:
+    """The project of docs/services.md."""
+    write("services.md", tmp_path, "python")
+    return tmp_path
+
+
+def test_the_tests_of_the_services_guide_pass(venue: Path) -> None:
+    assert "7 passed" in python(venue, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+
+
+def test_the_commands_of_the_services_guide_run_a_service_and_its_own_check_ends_it(venue: Path) -> None:
+    environ = {"CONSUMER_DATABASE_URL": "sqlite:///venue.db", "BROKER_URL": f"embedded:///{venue}/broker.db"}
+    for command in (("migrate", "seats:service"), ("run", "seats:service", "--drain")):
+        assert run("outbox", "consumer", *command, env=environ, cwd=venue).returncode == 0
+    refused = run("outbox", "consumer", "run", "badges:service", env=environ, cwd=venue)
+    assert (refused.returncode, "PRINTER is not set" in refused.stderr) == (1, True), refused.stderr
