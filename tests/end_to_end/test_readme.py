@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from outbox.settings import Settings
+from tests.kit.guides import page
 from tests.kit.ports import free_port
 from tests.kit.processes import ROOT, Process
 from tests.kit.waiting import eventually
@@ -115,7 +116,7 @@ def test_the_quickstarts_run_as_they_stand(
 
 
 def test_the_table_of_settings_is_the_one_in_force() -> None:
-    block = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", README, re.DOTALL)
+    block = re.search(r"<!-- settings -->\n(.*?)<!-- /settings -->", page("settings.md"), re.DOTALL)
     assert block
     assert block[1].strip() == settings_table()
 
