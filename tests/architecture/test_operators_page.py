@@ -8,12 +8,13 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 from outbox import tables
 from outbox.consumer import tables as consumer_tables
 from outbox.relay.order.topic_probes import Trouble
 from tests.architecture.source import modules
-from tests.kit.guides import page
+from tests.kit.guides import files, page
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,7 +79,8 @@ def test_every_state_is_explained_to_the_operator(states: type[StrEnum]) -> None
     assert {state.value for state in states} - explained() == set()
 
 
-def test_what_the_page_watches_is_measured() -> None:
-    named = set(_METRIC.findall(" ".join(re.findall(r"^\s*expr: (.*)$", page("operating.md"), re.MULTILINE))))
+def test_what_the_alerts_watch_is_measured() -> None:
+    (group,) = yaml.safe_load(files("operating.md", "yaml")["alerts.yaml"])["groups"]
+    named = {name for rule in group["rules"] for name in _METRIC.findall(rule["expr"])}
     assert len(named) > 5
     assert named - metrics() == set()
