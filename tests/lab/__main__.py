@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,10 +21,11 @@ def main() -> int:
     """Run the lab and return the exit code."""
     arguments = _arguments()
     say = _teller()
-    say(f"seed {arguments.seed}, {arguments.seconds:g} s")
+    say(f"seed {arguments.seed}, {arguments.seconds:g} s; Ctrl-C ends the faults, not the verdict")
     chance = random.Random(arguments.seed)
     with Stage(chance) as stage, Run(stage, chance, say) as run:
         began = time.monotonic()
+        signal.signal(signal.SIGINT, lambda *_: run.stop())
         run.play(arguments.seconds, arguments.faults)
         judgement = run.finish()
         found = summary(run, judgement, seed=arguments.seed, seconds=time.monotonic() - began)

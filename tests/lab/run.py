@@ -56,6 +56,7 @@ class Run:
         self._say = say
         self._closing = ExitStack()
         self._never = threading.Event()
+        self._stopped = False
         self.canary = Canary(stage.world.env["DATABASE_URL"])
         self.tap = Tap(stage.world.env["BROKER_URL"])
         self.held: dict[str, Held] = defaultdict(Held)
@@ -110,13 +111,17 @@ class Run:
     # --- the run ---
 
     def play(self, seconds: float, names: Sequence[str] = ()) -> None:
-        """Deal faults until *seconds* have passed; those of *names*, or all."""
+        """Deal faults until *seconds* have passed, or `stop` is called; those of *names*, or all."""
         ends_at = time.monotonic() + seconds
         deck = self._deck(names)
         self._pause()
-        while time.monotonic() < ends_at:
+        while time.monotonic() < ends_at and not self._stopped:
             self._one(next(deck))
             self._pause()
+
+    def stop(self) -> None:
+        """Deal no more faults: the present one is the last, and the verdict is of what was played."""
+        self._stopped = True
 
     def _deck(self, names: Sequence[str]) -> Iterator[Fault]:
         """Each fault once before any comes again, in an order decided by chance."""
