@@ -74,7 +74,13 @@ def test_an_inbox_that_is_not_asked_makes_effects_twice(
         return judge(entries, entries, effects=_effects(recorder, engine))
 
     assert verdict().problems() == {}
-    monkeypatch.setattr(inbox, "take", lambda _connection, _service, identities, _now: set(identities))
+    asked = inbox.take
+
+    def not_listened_to(connection: Any, service: str, identities: Any, *rest: Any) -> set[Any]:
+        asked(connection, service, identities, *rest)
+        return set(identities)
+
+    monkeypatch.setattr(inbox, "take", not_listened_to)
     assert len(verdict().effect_twice) == 2
 
 
