@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import re
 from typing import Any
-from weakref import WeakSet
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
@@ -25,10 +24,8 @@ from outbox.process.logs import say
 
 log = logging.getLogger(__name__)
 
-_watched: WeakSet[Engine] = WeakSet()
-
 #: What is no command: comments, texts, names.
-_OPAQUE = re.compile(r"--[^\n]*|/\*.*?\*/|'[^']*'|\"[^\"]*\"|\$(\w*)\$.*?\$\1\$", re.DOTALL)
+_OPAQUE = re.compile(r"--[^\n]*|/\*.*?\*/|\b[eE]'(?:[^'\\]|\\.)*'|'[^']*'|\"[^\"]*\"|\$(\w*)\$.*?\$\1\$", re.DOTALL)
 #: Cheap, and said by every statement that may end a transaction or a savepoint.
 _SUSPICIOUS = re.compile(r"\b(?:COMMIT|ROLLBACK|END|ABORT|PREPARE)\b", re.IGNORECASE)
 #: SQLAlchemy names its own savepoints so, and tells the sessions of their end.
@@ -44,16 +41,6 @@ _READS = re.compile(
     r"|WITH(?!.*\b(?:INSERT|UPDATE|DELETE|MERGE)\b))\b",
     re.IGNORECASE | re.DOTALL,
 )
-
-
-def watch(engine: Engine) -> None:
-    """From now on look at what is done on connections of *engine*; again changes nothing."""
-    if engine not in _watched:
-        event.listen(engine, "commit", _before_commit)
-        event.listen(engine, "rollback", _before_rollback)
-        event.listen(engine, "before_cursor_execute", _before_statement)
-        event.listen(engine, "after_cursor_execute", _after_statement)
-        _watched.add(engine)
 
 
 def check_open(doing: Work) -> None:
@@ -81,8 +68,10 @@ def only_reads(statement: str) -> bool:
 
 
 # --- events of connections ----------------------------------------------------------------------------------------------
+# Of all engines, from the import on: to listen on one that is in use breaks the statements that other threads send meanwhile.
 
 
+@event.listens_for(Engine, "commit")
 def _before_commit(connection: Connection) -> None:
     for each in work.on(connection):
         if held := each.held():
@@ -92,6 +81,7 @@ def _before_commit(connection: Connection) -> None:
             )
 
 
+@event.listens_for(Engine, "rollback")
 def _before_rollback(connection: Connection) -> None:
     for each in work.on(connection):
         used, held = each.used.get(connection), each.held()
@@ -107,6 +97,7 @@ def _before_rollback(connection: Connection) -> None:
             )
 
 
+@event.listens_for(Engine, "before_cursor_execute")
 def _before_statement(connection: Connection, _cursor: object, statement: str, *_: Any) -> None:
     for each in work.on(connection):
         used = each.used.get(connection)
@@ -118,6 +109,7 @@ def _before_statement(connection: Connection, _cursor: object, statement: str, *
             _refuse_to_end(statement, held[0])
 
 
+@event.listens_for(Engine, "after_cursor_execute")
 def _after_statement(connection: Connection, *_: Any) -> None:
     for each in work.on(connection):
         if each.held():

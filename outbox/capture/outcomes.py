@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine, NestedTransaction
+from sqlalchemy.pool import Pool
 
 from outbox.message import Message
 from outbox.process import metrics
@@ -192,7 +193,6 @@ class _Trail:
 _trails: WeakKeyDictionary[Connection, _Trail] = WeakKeyDictionary()
 #: In `connection.info`: a weak reference to its trail, for the event of the pool, which knows no other connection.
 _TRAIL = "outbox_trail"
-_watched: WeakSet[Engine] = WeakSet()
 
 
 def follow(connection: Connection, sent: Sent) -> Followed:
@@ -201,7 +201,6 @@ def follow(connection: Connection, sent: Sent) -> Followed:
     if trail is None:
         trail = _trails[connection] = _Trail(connection)
         connection.info[_TRAIL] = ref(trail)
-        _watch(connection.engine)
     if sent.context is not None:
         sent.context.watch(trail)
     return trail.add(connection, sent)
@@ -213,19 +212,17 @@ def let_go(batch: Iterable[Followed]) -> None:
         followed.let_go = True
 
 
-def _watch(engine: Engine) -> None:
-    if engine not in _watched:
-        event.listen(engine, "handle_error", _on_error)
-        event.listen(engine, "checkin", _on_checkin)
-        _watched.add(engine)
+# Of all engines and pools, from the import on: to listen on one that is in use breaks what other threads do with it meanwhile.
 
 
+@event.listens_for(Engine, "handle_error")
 def _on_error(context: ExceptionContext) -> None:
     connection = context.connection
     if connection is not None and connection in _trails:
         _trails[connection].has_failed(connection)
 
 
+@event.listens_for(Pool, "checkin")
 def _on_checkin(_connection: object, record: ConnectionPoolEntry) -> None:
     weak: ref[_Trail] | None = record.info.pop(_TRAIL, None)
     trail = None if weak is None else weak()

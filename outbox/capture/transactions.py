@@ -156,7 +156,6 @@ def pass_over(others: Iterable[Session], chosen: Session) -> None:
 def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     doing = work.of(session)
     if connection not in doing.used:
-        beneath.watch(connection.engine)
         # SQLAlchemy has no public name for who opened it; a test holds on to this one.
         *_, opened_by_session = transaction._connections[connection]
         work.begin_on(connection, doing, joined=not opened_by_session)
@@ -168,7 +167,6 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
 def _before_commit(session: Session) -> None:
     # Made here if there is none: a flush inside this very commit may be the first to send.
     doing = work.of(session)
-    doing.committing += 1
     transaction = session.get_nested_transaction() or session.get_transaction()
     if transaction is None:
         return
@@ -191,7 +189,6 @@ def _after_commit(session: Session) -> None:
     transaction = session.get_nested_transaction() or session.get_transaction()
     if doing is None or transaction is None:
         return
-    doing.committing -= 1
     level = doing.level(transaction)
     level.committed = True
     if not transaction.nested:
@@ -234,9 +231,8 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     root = session.get_transaction()
     if root is None or session.in_nested_transaction() or doing.flushing:
         return
-    if doing.committing > 0 and (level.committed or level.rolled_back):
-        # `transaction.commit()` of the outermost one while this savepoint was open: its before_commit came earlier. (After a
-        # commit that an error stopped this may be another's release; then the batch is only written earlier than need be.)
+    if is_under_way(root) and (level.committed or level.rolled_back):
+        # `transaction.commit()` of the outermost one while this savepoint was open: its before_commit came earlier.
         _write_batch(session, doing, root)
 
 
@@ -427,6 +423,11 @@ def _refuse_on(connection: Connection, doing: Work) -> None:
 def _is_in_foreign_savepoint(doing: Work, used: Used) -> bool:
     """Say whether somebody else made a savepoint on the connection: only rows written at once share its fate."""
     return any(savepoint not in doing.savepoints for savepoint in savepoints(used.connection))
+
+
+def is_under_way(transaction: SessionTransaction) -> bool:
+    """Say whether *transaction* itself is being ended, not only a savepoint in it; after an error it is no longer."""
+    return transaction._current_fn is not None  # SQLAlchemy has no public name for it; a test holds on to this one
 
 
 def _enclosing(transaction: SessionTransaction) -> SessionTransaction:

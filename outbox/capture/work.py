@@ -62,8 +62,6 @@ class Work:
     levels: dict[SessionTransaction, Level] = field(default_factory=dict)
     #: Of savepoints that were closed, neither released nor rolled back: the outermost transaction's end says what that was.
     closed: list[Sent] = field(default_factory=list)
-    #: before_commit seen without its after_commit: commits that are under way, outermost first.
-    committing: int = 0
     #: The batch of the outermost transaction is written: what comes now is written at once.
     late: bool = False
     flushing: bool = False

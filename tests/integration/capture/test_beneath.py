@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.exc import PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
-from outbox import CaptureError, Outbox, migrations, tables
+from outbox import CaptureError, Outbox, database, migrations, tables
 from outbox.database import create_engine
 from tests.integration.capture.conftest import Base, Talk, World
 from tests.integration.capture.test_sessions import in_asyncio
@@ -130,6 +131,27 @@ def test_what_a_helper_session_sends_is_where_its_rows_are(
         if connection.in_transaction():
             getattr(connection, outer)()
     assert len(world.rows()) == talks(world)
+
+
+def test_what_is_sent_while_a_helper_session_has_a_savepoint_has_the_fate_of_the_rows_in_it(world: World) -> None:
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    session.begin_nested()
+    with Session(session.connection()) as helper:  # in a savepoint of its own, because the session is in one
+        helper.scalars(sa.select(Talk)).all()
+        session.execute(sa.insert(Talk).values(title="in the savepoint of the helper"))
+        with pytest.raises(CaptureError, match="an earlier message of key 'event:1' waits for the commit of its session"):
+            world.outbox.send("a.b", {"n": 2}, key="event:1", session=session.connection())
+    session.rollback()
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    session.begin_nested()
+    with Session(session.connection()) as helper:
+        helper.scalars(sa.select(Talk)).all()
+        session.execute(sa.insert(Talk).values(title="in the savepoint of the helper"))
+        world.outbox.send("a.b", {"n": 2}, key="event:2", session=session.connection())
+    session.commit()
+    assert (talks(world), world.numbers()) == (1, [1])
 
 
 def test_sessions_that_share_the_connection_of_a_database_in_memory_do_not_commit_for_each_other() -> None:
@@ -297,3 +319,41 @@ def test_a_message_sent_after_the_connection_was_lost_is_never_committed(world: 
         send_and_commit()
     session.rollback()
     assert talks(world) == len(world.rows()) == 0
+
+
+@pytest.mark.parametrize("end", ["rollback", "close", "commit"])
+def test_in_a_savepoint_a_session_whose_connection_is_lost_ends_as_well(world: World, end: str) -> None:
+    session = begin_with_a_talk(world)
+    world.send(n=1)
+    session.begin_nested()
+    session.connection().invalidate()
+    if end == "commit":
+        with pytest.raises(PendingRollbackError):
+            session.commit()
+        session.rollback()
+    else:
+        getattr(session, end)()
+    assert talks(world) == len(world.rows()) == 0
+
+
+# --- other listeners ----------------------------------------------------------------------------------------------------
+
+
+def test_a_session_or_a_message_that_is_an_engines_first_does_not_break_what_is_under_way_on_it(world: World) -> None:
+    """Other threads may be in a listener of the application then, as this one is."""
+    engine = database.prepare(sa.create_engine(world.engine.url))
+
+    def begin_the_first(*_: object) -> None:
+        with Session(database.reading(engine)) as session:
+            session.connection()
+
+    def send_the_first(*_: object) -> None:
+        with engine.begin() as connection:
+            world.outbox.send("a.b", {"n": 1}, session=connection)
+
+    event.listen(engine, "before_cursor_execute", begin_the_first, once=True)
+    event.listen(engine, "checkin", send_the_first, once=True)
+    with database.reading(engine).connect() as connection:
+        assert connection.scalar(sa.text("SELECT 1")) == 1
+    engine.dispose()
+    assert world.numbers() == [1]

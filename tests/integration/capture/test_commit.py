@@ -11,7 +11,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from outbox import CaptureError, Outbox, SchemaError, migrations, tables
+from outbox import CaptureError, InvalidMessage, Outbox, SchemaError, migrations, tables
 from outbox.database import create_engine
 from tests.integration.capture.conftest import Talk, World
 
@@ -207,3 +207,20 @@ def test_a_listener_may_roll_back_the_savepoint_that_the_outer_commit_found_open
     event.listen(session, "before_commit", listen, once=True)
     root.commit()
     assert world.numbers() == [1]
+
+
+def test_nothing_is_written_on_the_way_of_a_rollback_after_a_commit_that_failed(world: World) -> None:
+    session = world.begin()
+    world.send(n=1)
+    with pytest.raises(InvalidMessage):
+        world.send(n=object())
+    session.begin_nested()
+    with pytest.raises(InvalidMessage):
+        world.send(n=object())
+    with pytest.raises(CaptureError, match="can only be rolled back"):
+        session.commit()
+    session.rollback()
+    world.begin()
+    world.send(n=2)
+    session.commit()
+    assert world.numbers() == [2]

@@ -30,6 +30,7 @@ def test_a_statement_that_ends_a_transaction_is_known(statement: str, command: s
     [
         "SELECT CASE WHEN true THEN 1 END",
         "SELECT 'x; COMMIT'",
+        r"SELECT E'it\'s; COMMIT; '",
         'SELECT "a;COMMIT" FROM t',
         "SELECT 1 -- ; COMMIT",
         "SELECT $body$ ; ROLLBACK $body$",

@@ -8,6 +8,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction
 
 from outbox.capture.outcomes import savepoints
+from outbox.capture.transactions import is_under_way
 from outbox.database import prepare
 
 
@@ -42,3 +43,25 @@ def test_who_opened_the_connection_of_a_session_is_known() -> None:
 def test_the_isolation_level_that_an_engine_was_made_with_is_known() -> None:
     assert sa.create_engine("sqlite://", isolation_level="AUTOCOMMIT").dialect._on_connect_isolation_level == "AUTOCOMMIT"
     assert sa.create_engine("sqlite://").dialect._on_connect_isolation_level is None
+
+
+def test_a_transaction_that_is_being_ended_is_known_from_one_whose_savepoint_ends() -> None:
+    seen: list[tuple[str, bool]] = []
+    session = Session(sa.create_engine("sqlite://"))
+
+    def after_end(_session: Session, ended: SessionTransaction) -> None:
+        if ended.nested:
+            seen.append((program, is_under_way(root)))
+
+    event.listen(session, "after_transaction_end", after_end)
+    for program in ("savepoint.commit", "savepoint.rollback", "session.rollback", "root.commit"):
+        root = session.begin()
+        savepoint = session.begin_nested()
+        getattr({"savepoint": savepoint, "session": session, "root": root}[program.split(".")[0]], program.split(".")[1])()
+        session.rollback()
+    assert seen == [
+        ("savepoint.commit", False),
+        ("savepoint.rollback", False),
+        ("session.rollback", False),
+        ("root.commit", True),
+    ]
