@@ -43,6 +43,8 @@ class Acks:
         self._clock = clock
         self._open: OrderedDict[Any, Arrival] = OrderedDict()
         self._settled: set[Any] = set()
+        #: Of the bodies of open deliveries, in memory.
+        self.bytes = 0
         self._first_since = 0.0
 
     def delivered(self, tag: Any, arrival: Arrival) -> None:
@@ -50,6 +52,7 @@ class Acks:
         if not self._open:
             self._first_since = self._clock()
         self._open[tag] = arrival
+        self.bytes += len(arrival.body)
 
     def settled(self, tag: Any) -> None:
         """The transaction of a delivery committed."""
@@ -64,7 +67,7 @@ class Acks:
         if self._settled and (all_of_them or self._clock() - self._first_since >= _LINE_SECONDS):
             singly = sorted(self._settled)
             for tag in singly:
-                del self._open[tag]
+                self._close(tag)
             self._settled.clear()
             return together, singly
         return together, []
@@ -72,12 +75,15 @@ class Acks:
     def _prefix(self) -> list[Any]:
         tags = []
         while self._open and (tag := next(iter(self._open))) in self._settled:
-            del self._open[tag]
+            self._close(tag)
             self._settled.remove(tag)
             tags.append(tag)
         if tags:
             self._first_since = self._clock()
         return tags
+
+    def _close(self, tag: Any) -> None:
+        self.bytes -= len(self._open.pop(tag).body)
 
     def unsettled(self) -> list[Arrival]:
         """Return the deliveries that are still to be settled, in order."""

@@ -21,6 +21,7 @@ from outbox.message import MAX_NAME_BYTES, Received, check_name, received, struc
 
 if TYPE_CHECKING:
     from outbox.consumer.acks import Receipt
+    from outbox.consumer.spool import Spool, Spooled
 
 #: Deliveries that came to nothing before this one: from here on the message may be what killed the process.
 SUSPECT_AFTER = 3
@@ -58,6 +59,13 @@ class Arrival:
     digest: str = ""
     #: The message's data was dropped to save memory: `again` reads it from the body.
     slim: bool = False
+    #: Where its body is, if that was dropped to save memory, too.
+    spooled: Spooled | None = None
+
+    @property
+    def size(self) -> int:
+        """How many bytes its body has, wherever that is."""
+        return len(self.body) if self.spooled is None else self.spooled.size
 
     @property
     def identity(self) -> Identity:
@@ -126,6 +134,12 @@ def slim(arrival: Arrival) -> Arrival:
     return dataclasses.replace(arrival, message=dataclasses.replace(arrival.message, data=None), slim=True)
 
 
+def spooled(arrival: Arrival, spool: Spool) -> Arrival:
+    """Return *arrival* with its body in *spool* when that is large and finds room there."""
+    kept = spool.put(arrival.body) if len(arrival.body) > LARGE_BYTES else None
+    return arrival if kept is None else dataclasses.replace(arrival, body=b"", spooled=kept, slim=True)
+
+
 def of_message(message: Received, body: bytes) -> Arrival:
     """Return the arrival of a message that is already decoded."""
     return Arrival(body=body, message=message)
@@ -136,6 +150,8 @@ def again(arrival: Arrival) -> Arrival:
 
     One that can't be read this time (too little memory) is the same message, with its id and key, and a problem.
     """
+    if arrival.spooled is not None:
+        arrival = dataclasses.replace(arrival, body=arrival.spooled.read(), spooled=None)
     message, problem = _decoded(arrival.body)
     if message is None:
         return dataclasses.replace(arrival, problem=problem) if arrival.message is not None else arrival

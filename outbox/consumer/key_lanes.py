@@ -50,7 +50,7 @@ class _Batch:
 
     def takes(self, arrival: Arrival) -> bool:
         """Add *arrival* if it may share the batch with what is in it; say whether it was added."""
-        seconds, size = self._seconds + self._seconds_of(arrival), self._bytes + len(arrival.body)
+        seconds, size = self._seconds + self._seconds_of(arrival), self._bytes + arrival.size
         if self.arrivals and (
             len(self.arrivals) >= self._limit
             or arrival.suspect

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from outbox import amqp_url, embedded
 from outbox.consumer import delivery as arrivals
-from outbox.consumer import rabbit
+from outbox.consumer import rabbit, spool
 from outbox.consumer import topology as topologies
 from outbox.consumer.acks import Acks, Receipt
 from outbox.consumer.amqp_errors import AccessRefused, ConsumerCancelled, NotAllowed
@@ -61,6 +61,7 @@ class Link:
         self._transport = _transport(url, name)
         self._polled = self._transport.driver_type != "amqp"
         self._channels: list[tuple[Any, Acks]] = []
+        self._spool = spool.Spool()
         self._received = False
         try:
             self._raw = self._transport.establish_connection()
@@ -123,12 +124,17 @@ class Link:
                     receipt=Receipt(acks, info["delivery_tag"]),
                 )
             )
+            if self._has_enough(arrival):
+                arrival = arrivals.spooled(arrival, self._spool)
             acks.delivered(info["delivery_tag"], arrival)
             self._received = self._received or not dead
             on_arrival(arrival)
 
         channel.basic_qos(0, prefetch, False)  # per consumer: RabbitMQ 4.3 refuses a global one
         topologies.consume(channel, queue, received)
+
+    def _has_enough(self, arrival: Arrival) -> bool:
+        return sum(acks.bytes for _, acks in self._channels) + arrival.size > spool.MEMORY_BYTES
 
     # --- receiving ----------------------------------------------------------------------------------------------------
 
@@ -192,6 +198,8 @@ class Link:
             if singly:
                 self._acknowledge_singly(channel, singly)
             count += len(together) + len(singly)
+        if count:
+            self._spool.tidy()
         return count
 
     def _acknowledge_singly(self, channel: Any, tags: list[Any]) -> None:

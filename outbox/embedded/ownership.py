@@ -150,7 +150,8 @@ class Ownership:
         with self._file.transaction() as connection:
             self._check(connection)
             connection.execute("UPDATE message SET returns = returns + 1 WHERE id = ?", (delivery.id,))
-        return delivery._replace(returns=delivery.returns + 1)
+            (body,) = connection.execute("SELECT body FROM message WHERE id = ?", (delivery.id,)).fetchone()
+        return delivery._replace(returns=delivery.returns + 1, body=body)
 
     def release(self) -> None:
         """Let another process take over; doing so again changes nothing."""

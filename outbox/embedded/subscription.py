@@ -45,7 +45,7 @@ class Subscription:
         if not self._waiting:
             return None
         delivery = self._waiting.popleft()
-        self._unacknowledged[delivery.id] = delivery
+        self._unacknowledged[delivery.id] = delivery._replace(body=b"")  # whoever has it keeps it, or not
         return delivery
 
     def _look(self, version: int) -> None:
