@@ -21,7 +21,7 @@ class Unexpected(Exception):
 ROOM = 24
 #: How far that room grows while answers come quickly and more of the topic waits. The broker reads at least 200 messages
 #: more once those 32 are unanswered: beside others the topic leaves half of them to those, alone a few, for whoever comes.
-_MOST_ROOM, _MOST_ROOM_ALONE = 128, 224
+_MOST_ROOM, _MOST_ROOM_ALONE = 128, 160
 #: An answer that took longer shows a queue that must not be given more at once.
 _QUICK_SECONDS = 1.0
 #: Of about how many answers the usual time is the mean.

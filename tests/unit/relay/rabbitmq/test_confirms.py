@@ -177,7 +177,7 @@ def test_a_topic_gets_more_room_from_its_quick_answers_alone() -> None:
         last += fill(confirms, "x", last + 1)
         rooms.append(len(confirms))
         confirms.acked(last, multiple=True, now=0.01)
-    assert rooms == [24, 48, 96, 192, 224, 224]
+    assert rooms == [24, 48, 96, 160, 160, 160]
 
 
 def test_a_topic_that_is_not_alone_leaves_others_what_the_broker_still_reads_when_it_falls_silent() -> None:
