@@ -5,11 +5,9 @@ Beside them the messages for the queues in trouble are written, on keys that nob
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -18,11 +16,8 @@ from outbox import Outbox
 from outbox.database import create_engine
 from tests.kit.history import fingerprint
 from tests.kit.writers import ledger
+from tests.lab.background import Background
 from tests.lab.topics import CANARY
-
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
 
 _PACE_SECONDS = 0.1
 _KEYS = 10
@@ -39,34 +34,21 @@ class Sent:
     at: float
 
 
-class Canary:
+class Canary(Background):
     """A thread that commits a few small messages ten times a second."""
 
     def __init__(self, url: str) -> None:
+        super().__init__()
         self._url = url
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="canary", daemon=True)
         self.sent: list[Sent] = []
-        #: Topics to write for as well, one message each a round, while a fault needs them.
+        #: Topics to write for as well, some messages each a round, while a fault needs them.
         self.trouble: set[str] = set()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Commit nothing more."""
-        self._stopping.set()
-        self._thread.join(30)
-
-    def _run(self) -> None:
+    def work(self) -> None:
         engine = create_engine(self._url)
         outbox = Outbox(engine=engine, source="/tests")
         for number in count():
-            if self._stopping.wait(_PACE_SECONDS):
+            if self.stopping.wait(_PACE_SECONDS):
                 break
             try:
                 with Session(engine) as session:

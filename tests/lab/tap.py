@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,11 @@ import pika
 from pika.exceptions import AMQPError
 
 from tests.kit.world import EXCHANGE, arrival
+from tests.lab.background import Background
 from tests.lab.topics import CANARY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from types import TracebackType
-    from typing import Self
 
     from tests.kit.history import Entry
 
@@ -29,31 +27,18 @@ class Arrival:
     topic: str
 
 
-class Tap:
+class Tap(Background):
     """A thread that keeps everything that arrives, in order, and knows when the canary's messages did."""
 
     QUEUE = "tap"
 
     def __init__(self, url: str) -> None:
+        super().__init__()
         self._url = url
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tap", daemon=True)
         self.arrivals: list[Arrival] = []
         self._seen: set[str] = set()
         #: Message id → time.monotonic() of its first arrival, for the canary's topic.
         self.canaries: dict[str, float] = {}
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Read nothing more."""
-        self._stopping.set()
-        self._thread.join(30)
 
     @classmethod
     def declare(cls, channel: Any, patterns: Iterable[str]) -> None:
@@ -62,12 +47,12 @@ class Tap:
         for pattern in patterns:
             channel.queue_bind(cls.QUEUE, EXCHANGE, pattern)
 
-    def _run(self) -> None:
-        while not self._stopping.is_set():
+    def work(self) -> None:
+        while not self.stopping.is_set():
             try:
                 self._read()
             except (AMQPError, OSError):
-                self._stopping.wait(0.2)
+                self.stopping.wait(0.2)
 
     def _read(self) -> None:
         parameters = pika.URLParameters(self._url)
@@ -78,7 +63,7 @@ class Tap:
             channel = connection.channel()
             channel.basic_qos(prefetch_count=200)
             for method, _, body in channel.consume(self.QUEUE, inactivity_timeout=0.2):
-                if self._stopping.is_set():
+                if self.stopping.is_set():
                     return
                 if method is not None:
                     self._take(method, body)

@@ -16,40 +16,11 @@ from outbox.consumer.delivery import read
 from outbox.consumer.heartbeat import prune
 from outbox.consumer.outcomes import HandlerMistake
 from outbox.consumer.tables import Reason, State
-from outbox.database import create_engine
 from outbox.message import cloud_event
 from tests.kit.consuming import Stage, message, rows, series
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sqlalchemy.engine import Engine
-
-    from tests.kit.servers import ExternalPostgres, PostgresServer
-
-
-@pytest.fixture(scope="module")
-def postgres_engine(postgres_server: PostgresServer | ExternalPostgres) -> Iterator[Engine]:
-    with postgres_server.database() as url:
-        engine = create_engine(url)
-        yield engine
-        engine.dispose()
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """An empty database: PostgreSQL's is made once for this file, because making one takes a second."""
-    if request.param == "sqlite":
-        engine = create_engine(request.getfixturevalue("sqlite_url"))
-        yield engine
-        engine.dispose()
-        return
-    engine = request.getfixturevalue("postgres_engine")
-    yield engine
-    with engine.begin() as connection:
-        there = sa.MetaData()
-        there.reflect(connection)
-        there.drop_all(connection)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from outbox.consumer.exclusive import Turnstile
 from outbox.consumer.key_lanes import Waiting
 from outbox.consumer.retries import Attempts, Pause
 from outbox.consumer.workers import Pool
-from outbox.database import create_engine
 from tests.kit.consuming import QUICK, Stage, arrival, message, rows, series
 from tests.kit.waiting import eventually
 
@@ -28,19 +27,10 @@ if TYPE_CHECKING:
 
     from outbox.consumer.delivery import Arrival
     from outbox.message import Message, Received
-    from tests.kit.servers import ExternalPostgres, PostgresServer
 
 pytestmark = pytest.mark.postgres
 
 WORKERS = 2
-
-
-@pytest.fixture(scope="module")
-def postgres_engine(postgres_server: PostgresServer | ExternalPostgres) -> Iterator[Engine]:
-    with postgres_server.database() as url:
-        engine = create_engine(url, pool_size=20)
-        yield engine
-        engine.dispose()
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +44,6 @@ def crew(postgres_engine: Engine) -> Iterator[Crew]:
     crew = Crew(postgres_engine)
     yield crew
     crew.end()
-    with postgres_engine.begin() as connection:
-        there = sa.MetaData()
-        there.reflect(connection)
-        there.drop_all(connection)
 
 
 class Crew(Stage):

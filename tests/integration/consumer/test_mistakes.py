@@ -30,41 +30,21 @@ from tests.kit.consuming import QUICK, Stage, arrival, message, rows, series
 from tests.kit.ports import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from sqlalchemy.engine import Engine
     from sqlalchemy.orm import Session
 
     from outbox.consumer.delivery import Arrival
-    from tests.kit.servers import ExternalPostgres, PostgresServer
 
 #: In the middle of the batch.
 CULPRIT = 4
 INNOCENTS = [1, 2, 3, 5, 6, 7, 8]
 
 
-@pytest.fixture(scope="module")
-def postgres_engine(postgres_server: PostgresServer | ExternalPostgres) -> Iterator[Engine]:
-    with postgres_server.database() as url:
-        engine = create_engine(url)
-        yield engine
-        engine.dispose()
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    """A service on an empty database: PostgreSQL's is made once for this file, because making one takes a second."""
-    if request.param == "sqlite":
-        engine = create_engine(request.getfixturevalue("sqlite_url"))
-        yield Stage(engine)
-        engine.dispose()
-        return
-    engine = request.getfixturevalue("postgres_engine")
-    yield Stage(engine)
-    with engine.begin() as connection:
-        there = sa.MetaData()
-        there.reflect(connection)
-        there.drop_all(connection)
+@pytest.fixture
+def stage(engine: Engine) -> Stage:
+    return Stage(engine)
 
 
 def driver(session: Session) -> Any:
