@@ -94,7 +94,7 @@ def test_what_a_service_writes_bears_the_databases_time(
     with running(recorder.service, settings) as service:
         Desk(str(settings.broker_url)).publish(message(1))
         eventually(lambda: service.status().parked == 1, what="the message to be parked")
-        assert service.status().running
+        eventually(lambda: service.status().running, what="its first heartbeat")  # it writes that beside its work
         (entry,) = operating.parked_list(service.engine, recorder.service)
         operating.requeue(service.engine, recorder.service, [entry.id], actor="me@here")
         written = {
