@@ -20,7 +20,7 @@ from outbox.relay import open_broker, telemetry
 from outbox.relay.census import Counting
 from outbox.relay.commit_listener import Listener
 from outbox.relay.database_health import Availability
-from outbox.relay.forwarder import Limits, Pump
+from outbox.relay.forwarder import Forwarder, Limits
 from outbox.relay.shards import Shards, boottime
 from outbox.relay.verdict import Policy
 from outbox.store import leases, locks, relaying
@@ -111,7 +111,7 @@ class Relay:
         self._clock = clock
         self.id = f"{socket.gethostname()[:40]}:{os.getpid()}:{secrets.token_hex(3)}"
         self.shards = Shards(engine, self.id, settings.lease_seconds, lease_clock)
-        self.pump = Pump(
+        self.forwarder = Forwarder(
             engine,
             broker,
             self.shards,
@@ -221,17 +221,17 @@ class Relay:
 
     def turn(self) -> None:
         """Collect, settle, read, send, and keep the leases: once round."""
-        if self.pump.collect(self._wait_seconds()):
+        if self.forwarder.collect(self._wait_seconds()):
             self._progress_at = self._clock()
-        self.pump.send()
+        self.forwarder.send()
         if self._woken:
             self._woken = False
-            self.pump.wake()
+            self.forwarder.wake()
         now = self._turned_at = self._clock()
         if self._database.may_try(now):
             with self._database.attempt():
                 self._use_database(now)
-        self.pump.send()
+        self.forwarder.send()
 
     def _wait_seconds(self) -> float:
         now = self._clock()
@@ -239,7 +239,9 @@ class Relay:
         if self._database.may_try(now):
             due.append(now + self.shards.keep_in())
             due += [
-                at for at in (self.pump.answers.due_at, self.pump.read_due_at if self._may_read() else None) if at is not None
+                at
+                for at in (self.forwarder.answers.due_at, self.forwarder.read_due_at if self._may_read() else None)
+                if at is not None
             ]
         return max(0.0, min(due) - now)
 
@@ -250,15 +252,15 @@ class Relay:
         if self._database.problem:
             self._beat_at = now  # only a write says that it is back: one that is full or was demoted answers reads
         self._keep_shards()
-        settle_at = self.pump.answers.due_at
+        settle_at = self.forwarder.answers.due_at
         if settle_at is not None and settle_at <= now:
-            self.pump.settle()
+            self.forwarder.settle()
             self._progress_at = self._clock()
-        read_at = self.pump.read_due_at
+        read_at = self.forwarder.read_due_at
         if read_at is not None and read_at <= now and self._may_read():
-            loaded = self.pump.read()
-            self._passes += bool(loaded or not self.pump.reads_on)  # a page of what must wait is no pass
-        self.pump.prove()
+            loaded = self.forwarder.read()
+            self._passes += bool(loaded or not self.forwarder.reads_on)  # a page of what must wait is no pass
+        self.forwarder.prove()
         self._report(now)
 
     def _keep_shards(self) -> None:
@@ -268,14 +270,14 @@ class Relay:
         if self.shards.owned:
             self._state = "running"
             self._announcer.state("shards", "taken", logging.INFO, f"works on all {SHARDS} shards")
-            self.pump.wake()
+            self.forwarder.wake()
         else:
             self._state = "idle"
             telemetry.LEASES_LOST.inc()
             self._announcer.state(
                 "shards", "lost", logging.WARNING, "the shards are not this relay's any more; what is in flight ends"
             )
-            self.pump.abandon()
+            self.forwarder.abandon()
         telemetry.SHARDS_OWNED.set(len(self.shards.epochs))
 
     def _say_who_is_waited_for(self) -> None:
@@ -313,7 +315,7 @@ class Relay:
 
     def _trouble(self, connection: Connection, now: float) -> str:
         """Return what hinders it, and say so once."""
-        locked = self.pump.answers.locked(now)
+        locked = self.forwarder.answers.locked(now)
         if not locked:
             self._hindered = ""
             self._announcer.state("rows", "free", logging.INFO, "what was answered is recorded")
@@ -334,27 +336,27 @@ class Relay:
         failpoints.reached("R7")
         self._state = "draining"
         self._beat_at = 0.0  # say so now
-        flying = self.pump.lanes.flying
+        flying = self.forwarder.lanes.flying
         say(log, logging.INFO, "relay.stopping", f"waiting for {flying} answers" if flying else "settling what was answered")
         deadline = self._clock() + self._settings.shutdown_timeout_seconds
-        while self.pump.lanes.flying and self._clock() < deadline:
-            self.pump.collect(min(_TURN_SECONDS, deadline - self._clock()))
+        while self.forwarder.lanes.flying and self._clock() < deadline:
+            self.forwarder.collect(min(_TURN_SECONDS, deadline - self._clock()))
             self._turned_at = now = self._clock()
             if self._database.may_try(now):
                 with self._database.attempt():
                     if self.shards.owned:
                         self._keep_shards()
-                    self.pump.settle()
+                    self.forwarder.settle()
                     self._report(now)
         while not self._database.within(self._leave) and self._clock() < deadline:
             self._broker.answers(_TURN_SECONDS)
-        unanswered, unsettled = self.pump.lanes.flying, len(self.pump.answers)
+        unanswered, unsettled = self.forwarder.lanes.flying, len(self.forwarder.answers)
         level = logging.WARNING if unanswered or unsettled else logging.INFO
         rest = f"; {unanswered} unanswered and {unsettled} unsettled messages go out again" if level == logging.WARNING else ""
         say(log, level, "relay.stopped", f"relay {self.id} has stopped{rest}")
 
     def _leave(self) -> None:
-        self.pump.settle(even_locked=True)
+        self.forwarder.settle(even_locked=True)
         self.shards.release()
         with database.autocommitting(self._engine).begin() as connection:
             leases.depart(connection, self.id)
@@ -364,10 +366,10 @@ class Relay:
     def _satisfied(self) -> int | None:
         """Return the exit code when the mode is, or can't be, satisfied; None to go on."""
         now = self._clock()
-        if self.pump.lanes.idle:
+        if self.forwarder.lanes.idle:
             if self._mode is Mode.ONCE and self._passes:
                 return OK
-            if self._mode is Mode.DRAIN and self.pump.exhausted:
+            if self._mode is Mode.DRAIN and self.forwarder.exhausted:
                 return self._remaining()
         if self._out_of_patience(now):
             self._say_remaining(self._obstacle())

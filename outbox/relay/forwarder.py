@@ -70,7 +70,7 @@ class Limits:
     woken_seconds: float = 0.02
 
 
-class Pump:
+class Forwarder:
     """Moves messages from the tables to the broker."""
 
     def __init__(

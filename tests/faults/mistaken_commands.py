@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 def settle_before_confirm() -> None:
     """Rows are deleted when their messages are about to be sent."""
-    from outbox.relay.forwarder import Pump
+    from outbox.relay.forwarder import Forwarder
 
-    take = Pump._take
+    take = Forwarder._take
 
-    def take_and_settle(self: Pump) -> list[Item]:
+    def take_and_settle(self: Forwarder) -> list[Item]:
         items = take(self)
         messages = [(item.row, item.outgoing.message) for item in items if item.outgoing is not None]
         with self._engine.begin() as connection:
@@ -26,7 +26,7 @@ def settle_before_confirm() -> None:
             settling.settle(connection, self._relay_id, done, [])
         return items
 
-    Pump._take = take_and_settle  # type: ignore[method-assign]
+    Forwarder._take = take_and_settle  # type: ignore[method-assign]
 
 
 def acknowledge_before_commit() -> None:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from outbox import tables
 from outbox.relay import verdict
 from outbox.relay.broker import Answer, Outcome
-from outbox.relay.forwarder import Pump
+from outbox.relay.forwarder import Forwarder
 from outbox.relay.order import topic_probes
 from outbox.relay.order.item import Item
 from outbox.relay.order.lanes import Lanes, _Lane
@@ -180,16 +180,16 @@ def two_refusing_topics(engine: Engine) -> Verdict:
 
 
 def settled_without_a_confirm(patch: Patch) -> None:
-    def take_losses(self: Pump, lost: list[tuple[Item, Answer]], _were_flying: int, now: float, wall: Any) -> None:
+    def take_losses(self: Forwarder, lost: list[tuple[Item, Answer]], _were_flying: int, now: float, wall: Any) -> None:
         for item, answer in lost:
             self._apply(item, replace(answer, outcome=Outcome.CONFIRMED), now, wall)
 
-    patch.setattr(Pump, "_take_losses", take_losses)
+    patch.setattr(Forwarder, "_take_losses", take_losses)
 
 
 def _answers(patch: Patch, change: Callable[[list[Answer]], list[Answer]]) -> None:
-    honest = Pump._take_in
-    patch.setattr(Pump, "_take_in", lambda self, answers: honest(self, change(list(answers))))
+    honest = Forwarder._take_in
+    patch.setattr(Forwarder, "_take_in", lambda self, answers: honest(self, change(list(answers))))
 
 
 def not_mandatory(patch: Patch) -> None:

@@ -44,17 +44,17 @@ def test_a_pass_of_the_relay_takes_as_many_statements_for_four_hundred_messages_
     stage = Stage(outbox_engine, batch_size=500)
     stage.write(message("t"))
     stage.run_dry()  # the leases are taken, and a first message has gone alone
-    pump = stage.relay.pump
+    forwarder = stage.relay.forwarder
     for count in (4, 400):
         stage.write(*(message("t", f"key:{number}" if number % 2 else None) for number in range(count)))
         with statements(outbox_engine) as reading:
-            assert pump.read() == count
-            pump.prove()
+            assert forwarder.read() == count
+            forwarder.prove()
         with statements(outbox_engine) as sending:
-            assert pump.send() == count
-            pump.collect(0.0)
+            assert forwarder.send() == count
+            forwarder.collect(0.0)
         with statements(outbox_engine) as settling:
-            pump.settle()
+            forwarder.settle()
         assert stage.rows() == []
         assert len(reading) == 2, reading  # pending rows, then their messages
         assert sending == []

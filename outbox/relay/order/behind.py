@@ -1,4 +1,4 @@
-"""What reads leave out because enough of it is loaded, and from where it is read on. Pure."""
+"""Keys and topics of which enough is loaded: reads leave the rest out, and later go back to where they passed it over. Pure."""
 
 from __future__ import annotations
 

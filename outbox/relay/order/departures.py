@@ -1,4 +1,4 @@
-"""Who goes next: alone after a loss, suspects without company, and of a topic in trouble only a message that asks.
+"""Which ready messages are sent next: one alone after a loss, suspects without company, of a topic in trouble only its probe.
 
 Pure: the clock is a function.
 """

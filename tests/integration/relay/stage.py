@@ -112,8 +112,8 @@ class Stage:
 
     def record(self) -> None:
         """Turn the relay until what it sent is answered and recorded: rows wait from then on."""
-        pump = self.relay.pump
-        self.until(lambda: not pump.lanes.flying and not len(pump.answers), "all answers to be recorded")
+        forwarder = self.relay.forwarder
+        self.until(lambda: not forwarder.lanes.flying and not len(forwarder.answers), "all answers to be recorded")
 
     def run_dry(self) -> None:
         """Turn the relay until nothing is left in the tables."""

@@ -50,8 +50,8 @@ def test_committed_messages_are_published_once_in_order_within_their_keys_and_th
     assert stage.published_total() == 200
     assert {receipt.relay for receipt in stage.receipts()} == {stage.relay.id}
     stage.turn(40)
-    assert stage.relay.pump.lanes.idle
-    assert stage.relay.pump.lanes.known() == []  # nothing is remembered for ever
+    assert stage.relay.forwarder.lanes.idle
+    assert stage.relay.forwarder.lanes.known() == []  # nothing is remembered for ever
 
 
 def test_where_the_broker_takes_whole_batches_one_key_needs_few_of_them(engine: Engine) -> None:

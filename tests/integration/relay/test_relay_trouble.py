@@ -363,13 +363,13 @@ def test_a_relay_that_hung_while_another_took_over_sends_no_more_and_changes_not
     assert not hung.relay.shards.owned
     other.run_dry()
     assert other.sequences("a") == [1, 2, 3, 4]
-    assert hung.relay.pump.lanes.idle
+    assert hung.relay.forwarder.lanes.idle
     assert hung.published_total() == 5
 
 
 def test_a_hung_relay_that_gets_its_shards_back_goes_on_where_the_other_left_off(engine: Engine) -> None:
     hung, other = hang_and_take_over(engine, None)
-    other.relay.pump.settle()
+    other.relay.forwarder.settle()
     other.relay.shards.release()
     hung.run_dry()
     arrived = [*other.sequences("a"), *hung.sequences("a")]
@@ -382,7 +382,7 @@ def test_a_message_discarded_by_a_person_while_it_waits_is_not_sent(engine: Engi
     stage.until(lambda: len(stage.broker.flying) == 1)
     with engine.begin() as connection:
         connection.execute(sa.update(tables.pending).where(tables.pending.c.sequence == 3).values(state=State.DISCARDED.value))
-    stage.relay.pump.abandon()  # it was loaded already: only then would it go out, as one that was about to
+    stage.relay.forwarder.abandon()  # it was loaded already: only then would it go out, as one that was about to
     stage.broker.script = lambda _: Outcome.CONFIRMED
     stage.broker.answer(stage.broker.flying[0])
     stage.until(lambda: stage.states() == ["discarded"])

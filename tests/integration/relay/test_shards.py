@@ -115,7 +115,7 @@ def test_what_a_paused_relay_had_handed_over_may_not_be_written_when_it_wakes(en
     stage = Stage(engine, lambda _: None, lease_seconds=15.0)
     stage.write(message(), message())
     stage.until(lambda: stage.broker.flying)
-    outgoing = stage.relay.pump.lanes.flights()[0].outgoing
+    outgoing = stage.relay.forwarder.lanes.flights()[0].outgoing
     assert outgoing is not None
     assert outgoing.may_go()
     stage.clock.now += 13.4
